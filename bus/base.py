@@ -1,0 +1,122 @@
+"""The bus as the rest of the project sees it. ``NatsBus`` is the real one, ``MemoryBus`` the seam for tests."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from llmserve.bus.messages import AnyMessage, Message, Request, Result
+from llmserve.bus.subjects import Subjects
+
+Handler = Callable[[AnyMessage], None]
+"""Called from the read loop for every message of a subscription, in order; it must not block or raise."""
+
+
+class BusError(Exception):
+    """The bus could not do what was asked."""
+
+
+class QueueFull(BusError):
+    """The tenant's queue holds as many requests as the manifest allows."""
+
+
+class BusUnavailable(BusError):
+    """No answer from the server in time; the operation may or may not have happened."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRequest:
+    """A request as it stands on the stream."""
+
+    seq: int
+    tenant: str
+    klass: str
+    request: Request
+    data: bytes
+    """The encoded request, to be passed on in a grant without encoding it again."""
+
+
+class Subscription(ABC):
+    """A running subscription."""
+
+    @abstractmethod
+    async def unsubscribe(self) -> None: ...
+
+
+class Follower(Subscription):
+    """A running view of the request stream; survives reconnects and gaps by itself."""
+
+    @abstractmethod
+    async def caught_up(self) -> None:
+        """Return once every request that was stored when the follower started has been handled."""
+
+
+class Bus(ABC):
+    """One connection of one member to the deployment's bus."""
+
+    subjects: Subjects
+
+    @abstractmethod
+    def publish(
+        self, subject: str, message: Message, *, no_responders: Callable[[], None] | None = None
+    ) -> None:
+        """Send over core NATS, at most once, in order, without waiting.
+
+        ``no_responders`` is called if the server says that nobody subscribes to ``subject``.
+        """
+
+    @abstractmethod
+    async def subscribe(self, subject: str, handler: Handler) -> Subscription:
+        """Call ``handler`` for every message on ``subject``; bytes that are no message are logged and counted."""
+
+    @abstractmethod
+    async def accept(self, request: Request, tenant: str, klass: str) -> int:
+        """Store the request durably and return its sequence: from here on it cannot be lost.
+
+        Waits for the server through a restart of at most ``publish_patience_s`` (a setting of the connection).
+        Raises ``QueueFull`` or ``BusUnavailable``.
+        """
+
+    @abstractmethod
+    async def fetch(self, seq: int) -> StoredRequest | None:
+        """The stored request, or None if it is finished. Raises ``BusUnavailable``."""
+
+    @abstractmethod
+    async def discard(self, seq: int) -> bool:
+        """Take a request off the stream; False if it was gone already. Raises ``BusUnavailable``."""
+
+    @abstractmethod
+    async def finish(self, seq: int, tenant: str, result: Result) -> bool:
+        """Record the result, once, then take the request off the stream; True if this call recorded it.
+
+        Retries until it is done; raises ``BusUnavailable`` only when the connection is closed.
+        """
+
+    @abstractmethod
+    async def follow(self, handler: Callable[[StoredRequest], None]) -> Follower:
+        """Call ``handler`` for every request on the stream, from the oldest on, in order of sequence."""
+
+    @abstractmethod
+    async def lead(self, router: str) -> int:
+        """Take the leadership of the deployment's routers; returns the new epoch, higher than any before."""
+
+    @abstractmethod
+    async def leader(self) -> tuple[str, int]:
+        """(router, epoch) of the current leader; ``("", 0)`` if there was none yet."""
+
+    @abstractmethod
+    def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
+        """Run ``callback`` after every reconnect."""
+
+    @abstractmethod
+    async def round_trip_s(self) -> float:
+        """Seconds of one ping to the server and back. Raises ``BusUnavailable``."""
+
+    @abstractmethod
+    async def flush(self) -> None:
+        """Return once everything published so far has reached the server. Raises ``BusUnavailable``."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Flush and disconnect; never raises."""

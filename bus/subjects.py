@@ -1,0 +1,52 @@
+"""Names of subjects, streams and buckets of one deployment. Nothing else in the project spells a subject."""
+
+from __future__ import annotations
+
+import re
+
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
+
+
+def is_token(name: str) -> bool:
+    """Whether ``name`` can stand as one token of a subject: a deployment, tenant or member name."""
+    return _TOKEN.match(name) is not None
+
+
+class Subjects:
+    """The subjects of one deployment. ``deployment`` and every name given must satisfy ``is_token``."""
+
+    def __init__(self, deployment: str) -> None:
+        if not is_token(deployment):
+            raise ValueError(f"deployment name {deployment!r} is not one of letters, digits, '_' and '-'")
+        self.deployment = deployment
+        self.root = f"llm.{deployment}"
+        stem = f"LLM_{deployment}"
+        self.request_stream = f"{stem}_REQ"
+        self.result_stream = f"{stem}_RESULT"
+        self.bucket = f"{stem}_STATE"
+        self.all_requests = f"{self.root}.req.>"
+        self.all_results = f"{self.root}.result.>"
+        self.heartbeats = f"{self.root}.beat"
+        self.events = f"{self.root}.event"
+        """Workers to router: Accepted, Refused, HandedOff, Finished, Failed."""
+        self.control = f"{self.root}.control"
+        """Router and gateways to all: Sync, Cancel."""
+
+    def request(self, klass: str, tenant: str) -> str:
+        return f"{self.root}.req.{klass}.{tenant}"
+
+    def parse_request(self, subject: str) -> tuple[str, str]:
+        """(class, tenant) of a request's subject."""
+        _, _, _, klass, tenant = subject.split(".")
+        return klass, tenant
+
+    def result(self, tenant: str, request_id: str) -> str:
+        return f"{self.root}.result.{tenant}.{request_id}"
+
+    def work(self, worker: str) -> str:
+        """Grants for one worker."""
+        return f"{self.root}.work.{worker}"
+
+    def gateway(self, gateway: str) -> str:
+        """Deltas, AttemptLost and Rejected for one gateway."""
+        return f"{self.root}.gateway.{gateway}"

@@ -1,0 +1,222 @@
+"""The manifest as frozen structs. The YAML spells fields exactly as here; units stand in the names or the docstrings.
+
+``docs/manifest.md`` is the reference for users and is held to these structs by a test.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+Positive = Annotated[int, Meta(ge=1)]
+NonNegative = Annotated[int, Meta(ge=0)]
+PositiveFloat = Annotated[float, Meta(gt=0)]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+
+
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of every mapping in the manifest."""
+
+
+class Metadata(Part):
+    name: Name
+    """Deployment: part of every subject on the bus."""
+
+
+class PrimaryModel(Part):
+    id: str
+    """Hugging Face id, local folder, or ``smollm2-135m``: the one that ships as a package."""
+    served_name: str = ""
+    """Name that clients use; the id by default."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    max_model_len: Positive | None = None
+    """Tokens of prompt and output together; the model's own limit by default."""
+    tensor_parallel: Positive = 1
+    pipeline_parallel: Positive = 1
+
+
+class DraftModel(Part):
+    id: str
+    enabled: bool = True
+    speculative_tokens: Positive = 4
+
+
+class Models(Part):
+    primary: PrimaryModel
+    draft: DraftModel | None = None
+
+
+class Tenant(Part):
+    weight: PositiveFloat = 1.0
+    ttft_slo_ms: PositiveFloat | None = None
+    max_concurrency: Positive | None = None
+    """Requests of the tenant that run at once, in all stages together."""
+
+
+class FairShare(Part):
+    tenants: dict[Name, Tenant] = {"default": Tenant()}
+
+
+class Policies(Part):
+    chunked_prefill: bool = True
+    prefill_long_prompt_tokens: Positive | None = None
+    """A prompt longer than this is long: vLLM prefills it in pieces of at most so many tokens, beside others."""
+    min_decode_slots: NonNegative = 0
+    queue_max_len: Positive = 2000
+    """Requests of one tenant, queued and running; one more is refused with 429."""
+
+
+class Scheduling(Part):
+    fair_share: FairShare = FairShare()
+    policies: Policies = Policies()
+
+
+class Budgets(Part):
+    """Cluster-wide bounds of the deployment; None is no bound."""
+
+    max_tokens_in_flight: Positive | None = None
+    max_prefill_concurrency: Positive | None = None
+    max_decode_concurrency: Positive | None = None
+    max_kv_hbm_gb: PositiveFloat | None = None
+    max_kv_io_gbps: PositiveFloat | None = None
+
+
+class Eviction(Part):
+    hot_keep_secs: NonNegative = 300
+    evict_if_inactive_secs: NonNegative = 900
+    tenant_hotset_gb: dict[Name, PositiveFloat] = {}
+
+
+class KVCache(Part):
+    page_size_kb: Positive | None = None
+    prefix_caching: bool = True
+    hbm_dtype: Literal["auto", "fp16", "bf16", "fp8"] = "auto"
+    disk_dtype: Literal["raw", "int8", "zstd"] | None = None
+    eviction: Eviction | None = None
+
+
+class StorageClass(Part):
+    name: Name
+    type: Literal["filesystem", "s3"]
+    path: str | None = None
+    gds: bool = False
+    bucket: str | None = None
+    region: str | None = None
+    prefetch_on_prefix: bool = False
+
+
+class NixlOptions(Part):
+    backend_policy: Literal["auto", "ucx"] = "auto"
+
+
+class UcxOptions(Part):
+    rdma: bool = True
+
+
+class NcclOptions(Part):
+    p2p: bool = True
+
+
+class Transfer(Part):
+    engine_order: list[Literal["nixl", "ucx", "nccl"]] = ["nixl"]
+    nixl: NixlOptions = NixlOptions()
+    ucx: UcxOptions | None = None
+    nccl: NcclOptions | None = None
+    lease_s: PositiveFloat = 30.0
+    """How long prefilled pages wait for their decode worker."""
+    timeout_s: PositiveFloat = 10.0
+    """Deadline of one transfer; after it the decode worker computes the prompt itself."""
+
+
+class Replicas(Part):
+    prefill: NonNegative = 1
+    """0: decode workers do both."""
+    decode: Positive = 1
+
+
+class Resources(Part):
+    prefill_gpu: NonNegative = 0
+    decode_gpu: NonNegative = 0
+
+
+class Deployment(Part):
+    mode: Literal["local", "k8s"] = "local"
+    replicas: Replicas = Replicas()
+    resources: Resources = Resources()
+
+
+class Engine(Part):
+    kind: Literal["vllm", "simulated"] = "vllm"
+    enforce_eager: bool = False
+    max_num_seqs: Positive | None = None
+    """Requests that one engine runs at once; vLLM's default for the device otherwise."""
+    max_num_batched_tokens: Positive | None = None
+    kv_space_gb: PositiveFloat | None = None
+    """KV space of one engine. On GPUs vLLM measures what is free otherwise; on CPUs 1 GB otherwise."""
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] | None = None
+    simulated: Simulated | None = None
+
+
+class Simulated(Part):
+    """Timing model of the simulated engine: a step takes ``step_ms`` plus the cost of its tokens."""
+
+    step_ms: Annotated[float, Meta(ge=0)] = 5.0
+    prefill_us_per_token: Annotated[float, Meta(ge=0)] = 20.0
+    decode_us_per_request: Annotated[float, Meta(ge=0)] = 50.0
+    transfer_gbps: PositiveFloat = 100.0
+
+
+class Gateway(Part):
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    metrics_port: Port = 9400
+    max_body_kb: Positive = 4096
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+
+
+class Bus(Part):
+    url: str | None = None
+    """An external nats-server; None starts an embedded one."""
+    token: str | None = None
+    state_dir: str | None = None
+    """Of the embedded server; ``$XDG_STATE_HOME/llmserve/<deployment>`` by default."""
+    sync: Literal["interval", "always"] = "interval"
+    """When the embedded server writes to the disk: each second, or before each acknowledgement (survives a power cut)."""
+
+
+class ApiKey(Part):
+    key: str
+    """``env:NAME`` or the key itself."""
+    tenant: Name = "default"
+
+
+class Security(Part):
+    api_keys: list[str | ApiKey] = []
+    """A bare string belongs to the tenant ``default``. Empty: no authentication, and only on a loopback address."""
+    cache_sharing: dict[Name, list[Name]] = {}
+    """Groups of tenants that may hit each other's prefix cache."""
+
+
+class Spec(Part):
+    models: Models
+    engine: Engine = Engine()
+    scheduling: Scheduling = Scheduling()
+    budgets: Budgets = Budgets()
+    kv_cache: KVCache = KVCache()
+    storageClasses: list[StorageClass] = []
+    transfer: Transfer = Transfer()
+    deployment: Deployment = Deployment()
+    gateway: Gateway = Gateway()
+    bus: Bus = Bus()
+    security: Security = Security()
+
+
+class Manifest(Part):
+    apiVersion: Literal["v1"] = "v1"
+    kind: Literal["LLMServe"] = "LLMServe"
+    metadata: Metadata
+    spec: Spec

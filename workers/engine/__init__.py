@@ -1,0 +1,1 @@
+"""Engines behind one interface: vLLM, and a simulated one for tests of scale and scheduling."""

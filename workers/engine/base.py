@@ -1,0 +1,139 @@
+"""The engine as a worker sees it: tokens in, tokens out, one step at a time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+from llmserve.bus.messages import Reason, Stage
+
+
+class EngineError(Exception):
+    """The engine cannot start, or refused a request; the message is one line for a person."""
+
+
+class EngineDied(EngineError):
+    """The engine is gone with all that ran in it; only a new one helps."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What a started engine is; constant while it lives."""
+
+    api: str
+    """Engine API of the bodies it reads, such as ``vllm-0.32.0``."""
+    fingerprint: str
+    """Of its KV pages: model, dtype, layout, page size, parallelism, engine version, ISA on CPUs."""
+    max_model_len: int
+    """Tokens of prompt and output together."""
+    slots: int
+    """Requests it runs at once."""
+    step_tokens: int
+    """Tokens it computes in one step at most."""
+    pages_total: int
+    page_tokens: int
+    page_bytes: int
+    """Of one page over all layers and ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One attempt of a request, or one stage of it."""
+
+    work_id: str
+    """``<request_id>.<attempt>``: unique in the deployment."""
+    stage: Stage
+    body: bytes
+    """The engine's own request."""
+    whole_output: bool = False
+    """See ``Request.whole_output``."""
+    first_tokens: tuple[int, ...] = ()
+    """Decode after a remote prefill: the output tokens that the prefill worker sampled."""
+    handoff: bytes = b""
+    """Decode after a remote prefill: ``EngineOutput.handoff`` of the prefill engine. Empty: compute everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOutput:
+    """What one step yielded for one piece of work."""
+
+    work_id: str
+    tokens: list[int]
+    reason: Reason | None = None
+    """Set on the last output. Of a prefill: why it ended, or None together with ``handoff``."""
+    stop_reason: int | str | None = None
+    cached_tokens: int | None = None
+    """Prompt tokens that were not computed by this deployment for this request; with the first output."""
+    computed_tokens: int | None = None
+    """Prompt tokens that this engine computed; with the first output. 0 or 1 on decode after a handoff."""
+    extra: bytes = b""
+    """See ``Delta.extra``."""
+    handoff: bytes = b""
+    """Prefill done and its pages held under a lease: what a decode engine needs to get them."""
+    pages: int = 0
+    """Pages that ``handoff`` covers."""
+    error: str = ""
+    """With ``Reason.ERROR``: what went wrong, for the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One finished movement of pages, for metrics."""
+
+    engine: str
+    """``nixl``, ``ucx``, ..."""
+    direction: str
+    """``pull`` or ``push``, as this end sees it."""
+    bytes_moved: int
+    seconds: float
+    failure: str = ""
+    """Empty on success, else its kind: ``timeout``, ``stale``, ``peer``, ``fingerprint``, ``other``."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """Where the engine stands after its last step."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_free: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """All that one engine step yielded."""
+
+    outputs: list[EngineOutput] = field(default_factory=list)
+    released: list[str] = field(default_factory=list)
+    """Work whose handed-off pages are free again: read, released, or expired."""
+    transfers: list[Transfer] = field(default_factory=list)
+    prefill_tokens: int = 0
+    """Prompt tokens computed in this step."""
+
+
+class Engine(ABC):
+    """One model replica."""
+
+    @abstractmethod
+    async def start(self) -> EngineInfo:
+        """Load the model and be ready for work. Raises ``EngineError``."""
+
+    @abstractmethod
+    def submit(self, work: Work) -> None:
+        """Queue work; its outputs come from ``step``. Raises ``EngineError`` if the body is unreadable."""
+
+    @abstractmethod
+    def abort(self, work_ids: list[str]) -> None:
+        """Stop the work and free its pages within one step, those held for a handoff too. Unknown ids are
+        ignored. Each running one yields a last output with ``Reason.CANCELLED``."""
+
+    @abstractmethod
+    async def step(self) -> Step:
+        """Wait for the next step that yields something. Raises ``EngineDied``."""
+
+    @abstractmethod
+    def load(self) -> EngineLoad: ...
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Stop the engine and leave no process behind; never raises."""
