@@ -57,7 +57,7 @@ class Tenant(Part):
 
 
 class FairShare(Part):
-    tenants: dict[Name, Tenant] = {"default": Tenant()}
+    tenants: dict[Name, Tenant] = msgspec.field(default_factory=lambda: {"default": Tenant()})
 
 
 class Policies(Part):
@@ -121,7 +121,7 @@ class NcclOptions(Part):
 
 
 class Transfer(Part):
-    engine_order: list[Literal["nixl", "ucx", "nccl"]] = ["nixl"]
+    engine_order: tuple[Literal["nixl", "ucx", "nccl"], ...] = ("nixl",)
     nixl: NixlOptions = NixlOptions()
     ucx: UcxOptions | None = None
     nccl: NcclOptions | None = None
