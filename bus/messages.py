@@ -57,7 +57,7 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
 # -- requests, on the durable stream ------------------------------------------------------------------------------
 
 
-class Request(Message, kw_only=True):
+class Request(Message, frozen=True, kw_only=True):
     """One accepted request; the payload of ``llm.<deployment>.req.<class>.<tenant>``.
 
     The tenant is not in here: it is read from the subject, which the server enforces.
@@ -86,7 +86,7 @@ class Request(Message, kw_only=True):
     """The engine's own request, encoded by the gateway."""
 
 
-class Result(Message, kw_only=True):
+class Result(Message, frozen=True, kw_only=True):
     """Record of a completion, written exactly once to ``llm.<deployment>.result.<tenant>.<request_id>``."""
 
     request_id: str
@@ -101,7 +101,7 @@ class Result(Message, kw_only=True):
 # -- router -> workers --------------------------------------------------------------------------------------------
 
 
-class Grant(Message, kw_only=True):
+class Grant(Message, frozen=True, kw_only=True):
     """Work for one worker, sent only against credit that it advertised."""
 
     epoch: int
@@ -118,7 +118,7 @@ class Grant(Message, kw_only=True):
     """Decode after a remote prefill: the encoded ``HandedOff``."""
 
 
-class Sync(Message, kw_only=True):
+class Sync(Message, frozen=True, kw_only=True):
     """A new leader asks every worker for its inventory: a heartbeat, and its outstanding handoffs again."""
 
     epoch: int
@@ -128,7 +128,7 @@ class Sync(Message, kw_only=True):
 # -- workers -> router --------------------------------------------------------------------------------------------
 
 
-class Accepted(Message, kw_only=True):
+class Accepted(Message, frozen=True, kw_only=True):
     """The worker has the grant and will report its end."""
 
     worker: str
@@ -138,7 +138,7 @@ class Accepted(Message, kw_only=True):
     epoch: int
 
 
-class Refused(Message, kw_only=True):
+class Refused(Message, frozen=True, kw_only=True):
     """The worker has not run the grant and will not: it may be granted elsewhere at once."""
 
     worker: str
@@ -150,7 +150,7 @@ class Refused(Message, kw_only=True):
     """False: no worker of this kind will ever run it (wrong engine API, does not fit)."""
 
 
-class HandedOff(Message, kw_only=True):
+class HandedOff(Message, frozen=True, kw_only=True):
     """Prefill is done, its pages are held under a lease: the request is work for the decode stage."""
 
     worker: str
@@ -168,7 +168,7 @@ class HandedOff(Message, kw_only=True):
     """What the decode worker's connector needs to get the pages: opaque to the bus."""
 
 
-class Finished(Message, kw_only=True):
+class Finished(Message, frozen=True, kw_only=True):
     """A worker's part of a request is over: the request is complete, or its stage was cancelled."""
 
     worker: str
@@ -182,7 +182,7 @@ class Finished(Message, kw_only=True):
     cached_tokens: int = 0
 
 
-class Failed(Message, kw_only=True):
+class Failed(Message, frozen=True, kw_only=True):
     """The worker accepted a grant and could not finish it; the attempt is over, the request is not."""
 
     worker: str
@@ -203,7 +203,7 @@ class Running(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Prefill is done and the pages wait for a decode worker."""
 
 
-class Heartbeat(Message, kw_only=True):
+class Heartbeat(Message, frozen=True, kw_only=True):
     """A member is alive; for a worker also its credit and its inventory. Once a second and on change."""
 
     member: str
@@ -250,14 +250,14 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The engine's own encoding of the output, where it says more than this (logprobs)."""
 
 
-class Deltas(Message, kw_only=True):
+class Deltas(Message, frozen=True, kw_only=True):
     """All deltas of one engine step for one gateway."""
 
     worker: str
     items: list[Delta]
 
 
-class AttemptLost(Message, kw_only=True):
+class AttemptLost(Message, frozen=True, kw_only=True):
     """Router to gateway: the attempt will yield nothing more; the gateway resubmits what is missing."""
 
     request_id: str
@@ -266,7 +266,7 @@ class AttemptLost(Message, kw_only=True):
     cause: str
 
 
-class Rejected(Message, kw_only=True):
+class Rejected(Message, frozen=True, kw_only=True):
     """Router to gateway: the request cannot be served; it is off the stream."""
 
     request_id: str
@@ -276,7 +276,7 @@ class Rejected(Message, kw_only=True):
     message: str
 
 
-class Cancel(Message, kw_only=True):
+class Cancel(Message, frozen=True, kw_only=True):
     """To everyone: stop these requests, whatever their attempt, and free what they hold."""
 
     request_ids: list[str]

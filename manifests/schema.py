@@ -21,12 +21,12 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of every mapping in the manifest."""
 
 
-class Metadata(Part, kw_only=True):
+class Metadata(Part, frozen=True, kw_only=True):
     name: Name
     """Deployment: part of every subject on the bus."""
 
 
-class PrimaryModel(Part, kw_only=True):
+class PrimaryModel(Part, frozen=True, kw_only=True):
     id: str
     """Hugging Face id, local folder, or ``smollm2-135m``: the one that ships as a package."""
     served_name: str = ""
@@ -38,29 +38,29 @@ class PrimaryModel(Part, kw_only=True):
     pipeline_parallel: Positive = 1
 
 
-class DraftModel(Part, kw_only=True):
+class DraftModel(Part, frozen=True, kw_only=True):
     id: str
     enabled: bool = True
     speculative_tokens: Positive = 4
 
 
-class Models(Part, kw_only=True):
+class Models(Part, frozen=True, kw_only=True):
     primary: PrimaryModel
     draft: DraftModel | None = None
 
 
-class Tenant(Part, kw_only=True):
+class Tenant(Part, frozen=True, kw_only=True):
     weight: PositiveFloat = 1.0
     ttft_slo_ms: PositiveFloat | None = None
     max_concurrency: Positive | None = None
     """Requests of the tenant that run at once, in all stages together."""
 
 
-class FairShare(Part, kw_only=True):
+class FairShare(Part, frozen=True, kw_only=True):
     tenants: dict[Name, Tenant] = msgspec.field(default_factory=lambda: {"default": Tenant()})
 
 
-class Policies(Part, kw_only=True):
+class Policies(Part, frozen=True, kw_only=True):
     chunked_prefill: bool = True
     prefill_long_prompt_tokens: Positive | None = None
     """A prompt longer than this is long: vLLM prefills it in pieces of at most so many tokens, beside others."""
@@ -69,12 +69,12 @@ class Policies(Part, kw_only=True):
     """Requests of one tenant, queued and running; one more is refused with 429."""
 
 
-class Scheduling(Part, kw_only=True):
+class Scheduling(Part, frozen=True, kw_only=True):
     fair_share: FairShare = FairShare()
     policies: Policies = Policies()
 
 
-class Budgets(Part, kw_only=True):
+class Budgets(Part, frozen=True, kw_only=True):
     """Cluster-wide bounds of the deployment; None is no bound."""
 
     max_tokens_in_flight: Positive | None = None
@@ -84,13 +84,13 @@ class Budgets(Part, kw_only=True):
     max_kv_io_gbps: PositiveFloat | None = None
 
 
-class Eviction(Part, kw_only=True):
+class Eviction(Part, frozen=True, kw_only=True):
     hot_keep_secs: NonNegative = 300
     evict_if_inactive_secs: NonNegative = 900
     tenant_hotset_gb: dict[Name, PositiveFloat] = {}
 
 
-class KVCache(Part, kw_only=True):
+class KVCache(Part, frozen=True, kw_only=True):
     page_size_kb: Positive | None = None
     prefix_caching: bool = True
     hbm_dtype: Literal["auto", "fp16", "bf16", "fp8"] = "auto"
@@ -98,7 +98,7 @@ class KVCache(Part, kw_only=True):
     eviction: Eviction | None = None
 
 
-class StorageClass(Part, kw_only=True):
+class StorageClass(Part, frozen=True, kw_only=True):
     name: Name
     type: Literal["filesystem", "s3"]
     path: str | None = None
@@ -108,19 +108,19 @@ class StorageClass(Part, kw_only=True):
     prefetch_on_prefix: bool = False
 
 
-class NixlOptions(Part, kw_only=True):
+class NixlOptions(Part, frozen=True, kw_only=True):
     backend_policy: Literal["auto", "ucx"] = "auto"
 
 
-class UcxOptions(Part, kw_only=True):
+class UcxOptions(Part, frozen=True, kw_only=True):
     rdma: bool = True
 
 
-class NcclOptions(Part, kw_only=True):
+class NcclOptions(Part, frozen=True, kw_only=True):
     p2p: bool = True
 
 
-class Transfer(Part, kw_only=True):
+class Transfer(Part, frozen=True, kw_only=True):
     engine_order: tuple[Literal["nixl", "ucx", "nccl"], ...] = ("nixl",)
     nixl: NixlOptions = NixlOptions()
     ucx: UcxOptions | None = None
@@ -131,24 +131,24 @@ class Transfer(Part, kw_only=True):
     """Deadline of one transfer; after it the decode worker computes the prompt itself."""
 
 
-class Replicas(Part, kw_only=True):
+class Replicas(Part, frozen=True, kw_only=True):
     prefill: NonNegative = 1
     """0: decode workers do both."""
     decode: Positive = 1
 
 
-class Resources(Part, kw_only=True):
+class Resources(Part, frozen=True, kw_only=True):
     prefill_gpu: NonNegative = 0
     decode_gpu: NonNegative = 0
 
 
-class Deployment(Part, kw_only=True):
+class Deployment(Part, frozen=True, kw_only=True):
     mode: Literal["local", "k8s"] = "local"
     replicas: Replicas = Replicas()
     resources: Resources = Resources()
 
 
-class Engine(Part, kw_only=True):
+class Engine(Part, frozen=True, kw_only=True):
     kind: Literal["vllm", "simulated"] = "vllm"
     enforce_eager: bool = False
     max_num_seqs: Positive | None = None
@@ -160,7 +160,7 @@ class Engine(Part, kw_only=True):
     simulated: Simulated | None = None
 
 
-class Simulated(Part, kw_only=True):
+class Simulated(Part, frozen=True, kw_only=True):
     """Timing model of the simulated engine: a step takes ``step_ms`` plus the cost of its tokens."""
 
     step_ms: Annotated[float, Meta(ge=0)] = 5.0
@@ -169,7 +169,7 @@ class Simulated(Part, kw_only=True):
     transfer_gbps: PositiveFloat = 100.0
 
 
-class Gateway(Part, kw_only=True):
+class Gateway(Part, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: Port = 8000
     metrics_port: Port = 9400
@@ -178,7 +178,7 @@ class Gateway(Part, kw_only=True):
     reasoning_parser: str | None = None
 
 
-class Bus(Part, kw_only=True):
+class Bus(Part, frozen=True, kw_only=True):
     url: str | None = None
     """An external nats-server; None starts an embedded one."""
     token: str | None = None
@@ -188,20 +188,20 @@ class Bus(Part, kw_only=True):
     """When the embedded server writes to the disk: each second, or before each acknowledgement (survives a power cut)."""
 
 
-class ApiKey(Part, kw_only=True):
+class ApiKey(Part, frozen=True, kw_only=True):
     key: str
     """``env:NAME`` or the key itself."""
     tenant: Name = "default"
 
 
-class Security(Part, kw_only=True):
+class Security(Part, frozen=True, kw_only=True):
     api_keys: list[str | ApiKey] = []
     """A bare string belongs to the tenant ``default``. Empty: no authentication, and only on a loopback address."""
     cache_sharing: dict[Name, list[Name]] = {}
     """Groups of tenants that may hit each other's prefix cache."""
 
 
-class Spec(Part, kw_only=True):
+class Spec(Part, frozen=True, kw_only=True):
     models: Models
     engine: Engine = Engine()
     scheduling: Scheduling = Scheduling()
@@ -215,7 +215,7 @@ class Spec(Part, kw_only=True):
     security: Security = Security()
 
 
-class Manifest(Part, kw_only=True):
+class Manifest(Part, frozen=True, kw_only=True):
     apiVersion: Literal["v1"] = "v1"
     kind: Literal["LLMServe"] = "LLMServe"
     metadata: Metadata
