@@ -58,9 +58,7 @@ class Bus(ABC):
     subjects: Subjects
 
     @abstractmethod
-    def publish(
-        self, subject: str, message: Message, *, no_responders: Callable[[], None] | None = None
-    ) -> None:
+    def publish(self, subject: str, message: Message, *, no_responders: Callable[[], None] | None = None) -> None:
         """Send over core NATS, at most once, in order, without waiting.
 
         ``no_responders`` is called if the server says that nobody subscribes to ``subject``.
