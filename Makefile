@@ -46,8 +46,7 @@ $(VENV)/.installed: pyproject.toml Makefile | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -e '.[$(EXTRA),dev]'
-	$(if $(filter cpu,$(EXTRA)),$(PIP) uninstall -y torchvision torchaudio torchcodec)
+	$(PIP) install -e '.[dev]'
 	touch $@
 
 # The CPU build of torch has its own index; without it pip would fetch several GB of CUDA libraries.
