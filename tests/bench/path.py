@@ -26,7 +26,7 @@ SERVED = "smollm2-135m"
 
 
 @contextmanager
-def vllm_server(folder: Path) -> Iterator[str]:
+def vllm_server(folder: Path, *options: str, dtype: str = "bfloat16") -> Iterator[str]:
     """``vllm serve`` with the settings of manifests/local.yaml; yields its URL."""
     port = free_port()
     path = resolve_model(SERVED).path
@@ -38,10 +38,10 @@ def vllm_server(folder: Path) -> Iterator[str]:
         "--model",
         str(path),
         "--dtype",
-        "bfloat16",
+        dtype,
     ]
     command += ["--served-model-name", SERVED, "--max-model-len", "2048", "--enforce-eager", "--max-num-seqs", "64"]
-    command += ["--port", str(port), "--host", "127.0.0.1", "--disable-uvicorn-access-log"]
+    command += ["--port", str(port), "--host", "127.0.0.1", "--disable-uvicorn-access-log", *options]
     env = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
