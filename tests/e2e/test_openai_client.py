@@ -115,7 +115,11 @@ def test_penalties_change_a_repetitive_answer(client: openai.OpenAI, pd: Stack) 
     def answer(penalty: float) -> str:
         return (
             client.completions.create(
-                model=pd.model, prompt="a b a b a b a b a b a b", temperature=0, max_tokens=24, frequency_penalty=penalty
+                model=pd.model,
+                prompt="a b a b a b a b a b a b",
+                temperature=0,
+                max_tokens=24,
+                frequency_penalty=penalty,
             )
             .choices[0]
             .text

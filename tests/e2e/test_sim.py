@@ -1,0 +1,59 @@
+"""The stack on simulated engines: many streams for a while, no error, no growth."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.bench.load import closed_loop, prompt_bodies
+from tests.processes import Stack, manifest_with, metrics, running, total
+
+SECONDS = float(os.environ.get("LLMSERVE_SOAK_S", "60"))
+
+
+@pytest.fixture(scope="module")
+def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    folder: Path = tmp_path_factory.mktemp("sim")
+    stack = Stack(manifest_with("sim.yaml", folder, {}), folder / "up.log")
+    with running(stack):
+        yield stack.ready(60)
+
+
+def resident_mb(stack: Stack) -> float:
+    return float(psutil.Process(stack.pid).memory_info().rss / 2**20)
+
+
+async def test_128_streams_for_a_minute_give_no_error_and_no_growth(sim: Stack) -> None:
+    bodies = prompt_bodies(sim.model, 64, 32, 64)
+    await closed_loop(sim.url, bodies, 128, for_s=SECONDS / 4)
+    settled_mb = resident_mb(sim)
+    load = await closed_loop(sim.url, bodies, 128, for_s=SECONDS * 3 / 4)
+    assert not load.errors, load.errors[:3]
+    assert all(stream.finish_reason == "length" for stream in load.streams)
+    assert resident_mb(sim) < settled_mb + 30
+
+    await asyncio.sleep(1.5)
+    figures = metrics(sim.metrics_url)
+    assert total(figures, "llmserve_queue_depth") == 0
+    assert total(figures, "llmserve_tokens_in_flight") == 0
+    assert total(figures, "llmserve_kv_pages", state="used") == 0
+
+
+async def test_clients_that_leave_free_what_they_held(sim: Stack) -> None:
+    bodies = prompt_bodies(sim.model, 32, 32, 1000)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(closed_loop(sim.url, bodies, 32), 2)
+    for _ in range(40):
+        await asyncio.sleep(0.25)
+        figures = metrics(sim.metrics_url)
+        if (
+            total(figures, "llmserve_tokens_in_flight") == 0
+            and total(figures, "llmserve_kv_pages", state="used") == 0
+        ):
+            return
+    raise AssertionError("tokens or pages are still held 10 s after the clients left")
