@@ -1,0 +1,50 @@
+"""What the router's core wants done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from llmserve.bus.messages import AttemptLost, Cancel, Grant, Rejected, Sync
+
+
+@dataclass(frozen=True, slots=True)
+class SendGrant:
+    """Send work to a worker and report ``NoResponders`` if nobody takes it."""
+
+    worker: str
+    grant: Grant
+    waited_s: float
+    """Since the request, or its handoff, came to the router."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotifyGateway:
+    """Tell the gateway that waits for a request what became of it."""
+
+    gateway: str
+    message: AttemptLost | Rejected
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Take a request off the stream; it may be gone already."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckStored:
+    """Find out whether a request is still on the stream and report ``Checked``."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """Tell everyone."""
+
+    message: Cancel | Sync
+
+
+Action: TypeAlias = SendGrant | NotifyGateway | Discard | CheckStored | Broadcast

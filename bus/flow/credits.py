@@ -1,0 +1,136 @@
+"""What a worker can take, from its heartbeats and from what was sent to it since."""
+
+from __future__ import annotations
+
+from llmserve.bus.flow.entry import Entry
+from llmserve.bus.messages import Heartbeat, Role, Running, Stage
+
+STAGE_OF_ROLE = {Role.PREFILL: Stage.PREFILL, Role.DECODE: Stage.DECODE, Role.BOTH: Stage.WHOLE}
+
+
+class WorkerState:
+    """The router's ledger of one worker. Each heartbeat corrects it, so that it cannot drift."""
+
+    def __init__(self, beat: Heartbeat, now_s: float) -> None:
+        self.member = beat.member
+        self.stage = STAGE_OF_ROLE[beat.role]
+        self.beat = beat
+        self.last_beat_s = now_s
+        self.book: dict[int, Entry] = {}
+        """Granted to it or running there, by sequence."""
+        self.holding: dict[int, Entry] = {}
+        """Handed off by it and waiting for a decode worker."""
+        self.prompt_tokens = 0
+        """Of the book's requests."""
+        self.pages = 0
+        """Set aside for the book's requests."""
+        self.unlisted_pages = 0
+        """Of those, for requests that ``beat`` cannot have counted in its free pages."""
+        self.strays = 0
+        """Requests that it runs and the book does not have: attempts given up, or not seen on the stream yet."""
+        self.holds = False
+        """Whether its last inventory lists pages held for a handoff."""
+        self.inventory = {line.seq: line for line in beat.running}
+        self.claims: dict[int, Running] = {}
+        """Lines of its last inventory about requests that are not known from the stream yet."""
+        self.muted = False
+        """Refused or unreachable: no grants until its next heartbeat."""
+        self.gone = False
+
+    @property
+    def open(self) -> bool:
+        """Whether it may get grants at all."""
+        return not (self.gone or self.muted or self.beat.draining)
+
+    @property
+    def alone(self) -> bool:
+        """Whether a request would have the worker for itself."""
+        return not self.book and not self.strays
+
+    @property
+    def free_pages(self) -> int:
+        """Pages neither used nor set aside, by the more careful of the worker's count and ours."""
+        return min(self.beat.pages_total - self.pages, self.beat.pages_free - self.unlisted_pages)
+
+    def pages_for(self, entry: Entry, reserved_output_tokens: int) -> int:
+        """Pages that the request is going to need here."""
+        if not self.beat.pages_total or not self.beat.page_tokens:
+            return 0
+        output = 1 if self.stage is Stage.PREFILL else min(entry.max_tokens, reserved_output_tokens)
+        return min(-(-(entry.prompt_tokens + output) // self.beat.page_tokens), self.beat.pages_total)
+
+    def has_room(self) -> bool:
+        """Whether some request, however small, fits now."""
+        if not self.open or len(self.book) + self.strays >= self.beat.slots:
+            return False
+        if self.alone and not self.holds:
+            return True
+        tokens = self.alone or self.stage is not Stage.PREFILL or self.prompt_tokens < self.beat.prefill_tokens
+        return tokens and (self.free_pages > 0 or not self.beat.pages_total)
+
+    def fits(self, entry: Entry, reserved_output_tokens: int) -> bool:
+        """Whether the request fits into the credit that is left."""
+        if not self.has_room():
+            return False
+        prompt_tokens = self.prompt_tokens + entry.prompt_tokens
+        if self.stage is Stage.PREFILL and not self.alone and prompt_tokens > self.beat.prefill_tokens:
+            return False
+        if self.alone and not self.holds:
+            return True
+        return self.free_pages >= self.pages_for(entry, reserved_output_tokens)
+
+    def serves(self, entry: Entry) -> bool:
+        """Whether the request fits into the model's context here."""
+        return not self.beat.max_model_len or entry.prompt_tokens < self.beat.max_model_len
+
+    def load(self) -> float:
+        """How busy it is, 0 to about 1; comparable between workers that could take the same request."""
+        if self.stage is Stage.PREFILL:
+            return self.prompt_tokens / max(1, self.beat.prefill_tokens)
+        if self.beat.pages_total:
+            return 1.0 - self.free_pages / self.beat.pages_total
+        return len(self.book) / max(1, self.beat.slots)
+
+    def take(self, entry: Entry, pages: int) -> None:
+        """Enter the request into the book."""
+        entry.worker, entry.pages, entry.listed = self, pages, False
+        self.book[entry.seq] = entry
+        self.prompt_tokens += entry.prompt_tokens
+        self.pages += pages
+        self.unlisted_pages += pages
+
+    def release(self, entry: Entry) -> None:
+        """Strike the request from the book."""
+        del self.book[entry.seq]
+        self.prompt_tokens -= entry.prompt_tokens
+        self.pages -= entry.pages
+        if not entry.listed:
+            self.unlisted_pages -= entry.pages
+        entry.worker = None
+
+    def hear(self, beat: Heartbeat, now_s: float) -> None:
+        """Adopt a heartbeat with its credit and its inventory."""
+        self.beat = beat
+        self.last_beat_s = now_s
+        self.muted = False
+        self.inventory = {line.seq: line for line in beat.running}
+        self.holds = any(line.held for line in beat.running)
+        for entry in self.book.values():
+            if not entry.listed and entry.seq in self.inventory:
+                entry.listed = True
+                self.unlisted_pages -= entry.pages
+        self.recount_strays()
+
+    def recount_strays(self) -> None:
+        self.strays = sum(1 for line in self.inventory.values() if not line.held and line.seq not in self.book)
+
+    def check(self) -> None:
+        """Assert the invariants."""
+        entries = self.book.values()
+        assert self.prompt_tokens == sum(entry.prompt_tokens for entry in entries), f"{self.member}: prompt tokens"
+        assert self.pages == sum(entry.pages for entry in entries), f"{self.member}: pages"
+        unlisted = sum(entry.pages for entry in entries if not entry.listed)
+        assert self.unlisted_pages == unlisted, f"{self.member}: unlisted pages"
+        assert min(self.prompt_tokens, self.pages, self.unlisted_pages, self.strays) >= 0, f"{self.member}: negative"
+        assert all(entry.worker is self for entry in entries), f"{self.member}: books another's request"
+        assert all(entry.holder is self for entry in self.holding.values()), f"{self.member}: holds another's pages"

@@ -1,0 +1,181 @@
+"""All known requests and members, and the moves of a request from one place to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llmserve.bus.flow.budgets import Budgets
+from llmserve.bus.flow.costs import Costs
+from llmserve.bus.flow.credits import WorkerState
+from llmserve.bus.flow.entry import IN_ORDER, ON_WORKER, Charge, Entry, Place
+from llmserve.bus.flow.queue import FairQueue
+from llmserve.bus.flow.settings import RouterSettings
+from llmserve.bus.flow.timers import Timers
+from llmserve.bus.messages import HandedOff, Stage
+
+
+@dataclass(slots=True)
+class GatewayState:
+    """A gateway and the requests it waits for."""
+
+    last_beat_s: float
+    requests: dict[int, Entry] = field(default_factory=dict)
+
+
+class Ledger:
+    """Moves keep queues, books, budgets and timers consistent; they decide nothing."""
+
+    def __init__(self, settings: RouterSettings) -> None:
+        self.settings = settings
+        self.budgets = Budgets(settings)
+        self.costs = Costs(settings.output_weight, settings.first_expected_output_tokens)
+        self.timers = Timers()
+        self.entries: dict[int, Entry] = {}
+        self.by_request: dict[str, Entry] = {}
+        self.workers: dict[str, WorkerState] = {}
+        self.gateways: dict[str, GatewayState] = {}
+        self.first_queues: dict[str, FairQueue[Entry]] = {}
+        """Requests that wait for a prefill worker or one of both roles, by engine API."""
+        self.decode_queues: dict[str, FairQueue[Entry]] = {}
+        """Handoffs that wait for a decode worker, by fingerprint of their pages."""
+
+    def first_queue(self, api: str) -> FairQueue[Entry]:
+        return self.first_queues.setdefault(api, FairQueue(self._weight))
+
+    def decode_queue(self, fingerprint: str) -> FairQueue[Entry]:
+        return self.decode_queues.setdefault(fingerprint, FairQueue(self._weight))
+
+    def add(self, entry: Entry) -> None:
+        """Know a new attempt; it must be moved to a place next."""
+        self.entries[entry.seq] = entry
+        self.by_request[entry.request_id] = entry
+        gateway = self.gateways.setdefault(entry.gateway, GatewayState(entry.seen_s))
+        gateway.requests[entry.seq] = entry
+
+    def queue(self, entry: Entry, now_s: float) -> None:
+        """Wait for the first worker."""
+        self._detach(entry)
+        self._uncount(entry)
+        entry.move(Place.QUEUED, now_s)
+        entry.queue = self.first_queue(entry.api)
+        entry.queue.push(entry)
+        self.timers.set(entry.seen_s + self.settings.max_wait_s, entry)
+
+    def wait(self, entry: Entry, handoff: HandedOff, holder: WorkerState, lease_until_s: float, now_s: float) -> None:
+        """Wait for a decode worker, until ``lease_until_s``."""
+        self._detach(entry)
+        self.budgets.count(entry)
+        entry.move(Place.WAITING, now_s)
+        entry.handoff, entry.holder, entry.lease_until_s = handoff, holder, lease_until_s
+        holder.holding[entry.seq] = entry
+        entry.queue = self.decode_queue(holder.beat.fingerprint)
+        entry.paid = entry.attempt > 0 or any(charge.queue is entry.queue for charge in entry.charges)
+        entry.queue.push(entry)
+        self.timers.set(lease_until_s, entry)
+
+    def grant(self, entry: Entry, worker: WorkerState, now_s: float) -> None:
+        """Sent to a worker; the entry was served from its queue."""
+        self._put_on(entry, worker, worker.stage, Place.GRANTED, now_s)
+        self.timers.set(now_s + self.settings.confirm_timeout_s, entry)
+
+    def confirm(self, entry: Entry, now_s: float) -> None:
+        entry.move(Place.RUNNING, now_s)
+
+    def adopt(self, entry: Entry, worker: WorkerState, stage: Stage, now_s: float) -> None:
+        """A worker runs it though it was not sent there by this router."""
+        self._put_on(entry, worker, stage, Place.RUNNING, now_s)
+        entry.listed = True
+        worker.unlisted_pages -= entry.pages
+        if not entry.charges and not entry.paid:
+            queue, cost = self.first_queue(entry.api), self.costs.estimate(entry)
+            queue.charge(entry.tenant, cost)
+            entry.charges.append(Charge(queue, cost))
+
+    def lose(self, entry: Entry, now_s: float, *, stray: bool) -> None:
+        """Its gateway has to replace it; ``stray``: its worker may still run it."""
+        worker = entry.worker
+        self._detach(entry)
+        self._uncount(entry)
+        entry.handoff = entry.holder = None
+        if worker is not None and stray:
+            worker.strays += 1
+        entry.move(Place.LOST, now_s)
+        self.timers.set(now_s + self.settings.lost_retry_s, entry)
+
+    def forget(self, entry: Entry) -> None:
+        """It is over, or another attempt takes its place."""
+        self._detach(entry)
+        self._uncount(entry)
+        entry.stamp += 1
+        entry.data = b""
+        entry.handoff = entry.holder = None
+        del self.entries[entry.seq]
+        if self.by_request.get(entry.request_id) is entry:
+            del self.by_request[entry.request_id]
+        self.gateways[entry.gateway].requests.pop(entry.seq)
+
+    def settle(self, entry: Entry, output_tokens: int, cached_tokens: int) -> None:
+        """Replace the estimates that the tenant was charged by the real cost."""
+        actual = self.costs.actual(entry, output_tokens, cached_tokens)
+        for charge in entry.charges:
+            charge.queue.settle(entry.tenant, actual - charge.cost)
+        entry.charges.clear()
+
+    def _put_on(self, entry: Entry, worker: WorkerState, stage: Stage, place: Place, now_s: float) -> None:
+        self._detach(entry)
+        self.budgets.count(entry)
+        entry.move(place, now_s)
+        entry.stage = stage
+        worker.take(entry, worker.pages_for(entry, self.settings.reserved_output_tokens))
+        self.budgets.on_workers[stage] += 1
+
+    def _detach(self, entry: Entry) -> None:
+        if entry.ticket and entry.queue is not None:
+            entry.queue.remove(entry)
+        if entry.place is Place.WAITING and entry.holder is not None:
+            entry.holder.holding.pop(entry.seq, None)
+        if entry.worker is not None:
+            entry.worker.release(entry)
+            self.budgets.on_workers[entry.stage] -= 1
+
+    def _uncount(self, entry: Entry) -> None:
+        if self.budgets.uncount(entry):
+            for queue in self.first_queues.values():
+                queue.unpark(entry.tenant)
+
+    def _weight(self, tenant: str) -> float:
+        return self.settings.tenant(tenant).weight
+
+    def check(self) -> None:
+        """Assert every invariant; linear in all that is known."""
+        self.budgets.check(self.entries.values())
+        for worker in self.workers.values():
+            worker.check()
+            assert not worker.gone, f"{worker.member}: gone and known"
+        queues = [*self.first_queues.values(), *self.decode_queues.values()]
+        for queue in queues:
+            queue.check()
+            for entry in queue.items():
+                assert self.entries.get(entry.seq) is entry, f"{entry.seq}: queued and unknown"
+        for seq, entry in self.entries.items():
+            assert entry.seq == seq
+            assert self.by_request[entry.request_id] is entry, f"{seq}: two attempts of one request"
+            assert self.gateways[entry.gateway].requests[seq] is entry, f"{seq}: its gateway does not know it"
+            self._check_place(entry, queues)
+        assert len(self.by_request) == len(self.entries)
+        assert sum(len(gateway.requests) for gateway in self.gateways.values()) == len(self.entries)
+
+    def _check_place(self, entry: Entry, queues: list[FairQueue[Entry]]) -> None:
+        seq, place = entry.seq, entry.place
+        assert bool(entry.ticket) == (place in IN_ORDER), f"{seq}: {place} with ticket {entry.ticket}"
+        assert (entry.worker is not None) == (place in ON_WORKER), f"{seq}: {place} on {entry.worker}"
+        assert entry.counted == (place in ON_WORKER or place is Place.WAITING), f"{seq}: {place}, counted wrongly"
+        if entry.ticket:
+            assert entry.queue in queues, f"{seq}: in no known queue"
+        if entry.worker is not None:
+            assert entry.worker.book[seq] is entry, f"{seq}: not in its worker's book"
+            assert not (entry.worker.gone and place is Place.RUNNING), f"{seq}: runs on a worker that is gone"
+        if place is Place.WAITING:
+            assert entry.holder is not None, f"{seq}: waits without pages"
+            assert entry.holder.holding[seq] is entry, f"{seq}: its holder does not know"
+            assert not entry.holder.gone, f"{seq}: its holder is gone"
