@@ -1,0 +1,274 @@
+"""The router: the core's events from the bus, its actions onto the bus."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Coroutine, Iterable
+
+from prometheus_client import CollectorRegistry
+
+from llmserve.bus.base import Bus, BusError, StoredRequest, Subscription
+from llmserve.bus.flow.actions import Action, Broadcast, CheckStored, Discard, NotifyGateway, SendGrant
+from llmserve.bus.flow.core import RouterCore
+from llmserve.bus.flow.events import Checked, Event, NoResponders, Reconnected, Tick
+from llmserve.bus.flow.metrics import FlowMetrics
+from llmserve.bus.flow.settings import RouterSettings
+from llmserve.bus.messages import (
+    Accepted,
+    AnyMessage,
+    Cancel,
+    Failed,
+    Finished,
+    HandedOff,
+    Heartbeat,
+    Refused,
+    Sync,
+)
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.25
+LEADER_POLL_S = 1.0
+SYNC_POLL_S = 0.01
+RETRY_S = 0.5
+PARALLEL_CALLS = 32
+"""Requests to the bus at once, for discards and checks."""
+
+
+class Deposed(Exception):
+    """Another router leads."""
+
+    def __init__(self, router: str, epoch: int) -> None:
+        super().__init__(f"router {router!r} leads in epoch {epoch}")
+        self.router = router
+        self.epoch = epoch
+
+
+class Router:
+    """Leads a deployment's flow from ``start`` until ``stop``, or until it is deposed.
+
+    ``member`` is its own member id. Membership heartbeats of the router itself are the caller's.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        settings: RouterSettings,
+        member: str,
+        *,
+        registry: CollectorRegistry | None = None,
+        rng: random.Random | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.core = RouterCore(settings, rng or random.Random())
+        self.metrics = FlowMetrics(registry or CollectorRegistry())
+        self._bus = bus
+        self._member = member
+        self._clock = clock
+        self._granting = False
+        self._pump_due = False
+        self._subscriptions: list[Subscription] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._calls = asyncio.Semaphore(PARALLEL_CALLS)
+        self._deposed: Deposed | None = None
+        self._wake = asyncio.Event()
+        self._stopped = False
+
+    @property
+    def epoch(self) -> int:
+        """Of this leadership; 0 before ``start``."""
+        return self.core.epoch
+
+    async def listen(self) -> None:
+        """Hear heartbeats and events without leading: a standby that listens knows the workers when it leads."""
+        if self._subscriptions:
+            return
+        subjects = self._bus.subjects
+        for subject in (subjects.heartbeats, subjects.events, subjects.control):
+            self._subscriptions.append(await self._bus.subscribe(subject, self._on_message))
+        self._bus.on_reconnect(self._on_reconnect)
+
+    async def start(self) -> None:
+        """Take the leadership, learn what runs where, and begin to grant. Raises ``BusUnavailable``."""
+        await self.listen()
+        known = set(self.core.ledger.workers)
+        self.core.begin(self._member, await self._bus.lead(self._member))
+        self._broadcast_sync()
+        follower = await self._bus.follow(self._on_stored)
+        self._subscriptions.append(follower)
+        await follower.caught_up()
+        await self._synced(known)
+        self._granting = self._deposed is None
+        self._schedule_pump()
+        entries, workers = len(self.core.ledger.entries), len(self.core.ledger.workers)
+        logger.info(
+            "router %s leads in epoch %d: %d requests, %d workers", self._member, self.epoch, entries, workers
+        )
+
+    async def run(self) -> None:
+        """Keep time until ``stop``. Raises ``Deposed`` when another router leads: this one grants nothing more."""
+        watch = asyncio.create_task(self._watch_leader())
+        ticks = 0
+        try:
+            while not self._stopped and self._deposed is None:
+                try:
+                    await asyncio.wait_for(self._wake.wait(), TICK_S)
+                except TimeoutError:
+                    self._handle(Tick())
+                    ticks += 1
+                    if ticks % 4 == 0:
+                        self.metrics.update(self.core)
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+            self._granting = False
+        if self._deposed is not None:
+            raise self._deposed
+
+    async def stop(self) -> None:
+        """Stop granting and hearing; what runs on workers goes on."""
+        self._stopped, self._granting = True, False
+        self._wake.set()
+        for subscription in self._subscriptions:
+            try:
+                await subscription.unsubscribe()
+            except BusError as error:
+                self._failed("unsubscribe", error)
+        self._subscriptions.clear()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # -- events in ------------------------------------------------------------------------------------------------
+
+    def _on_message(self, message: AnyMessage) -> None:
+        if isinstance(message, Sync):
+            if message.epoch > self.epoch > 0:
+                self._stand_down(Deposed(message.router, message.epoch))
+        elif isinstance(message, Accepted | Refused | HandedOff | Finished | Failed | Heartbeat | Cancel):
+            self._handle(message)
+
+    def _on_stored(self, stored: StoredRequest) -> None:
+        self._handle(stored)
+
+    async def _on_reconnect(self) -> None:
+        if self._granting:
+            self._handle(Reconnected())
+
+    def _handle(self, event: Event) -> None:
+        if self._stopped or self._deposed is not None:
+            return
+        try:
+            self._act(self.core.handle(event, self._clock()))
+        except Exception as error:  # an error here must not end the subscription that called
+            self._failed(type(event).__name__, error)
+        self._schedule_pump()
+
+    def _schedule_pump(self) -> None:
+        if self._granting and not self._pump_due:
+            self._pump_due = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pump_due = False
+        if not self._granting:
+            return
+        try:
+            self._act(self.core.dispatch(self._clock()))
+        except Exception as error:  # as above
+            self._failed("dispatch", error)
+
+    # -- actions out ----------------------------------------------------------------------------------------------
+
+    def _act(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            try:
+                self._carry_out(action)
+            except BusError as error:
+                self._failed(type(action).__name__, error)
+
+    def _carry_out(self, action: Action) -> None:
+        subjects = self._bus.subjects
+        if isinstance(action, SendGrant):
+            self._send_grant(action)
+        elif isinstance(action, NotifyGateway):
+            self._bus.publish(subjects.gateway(action.gateway), action.message)
+        elif isinstance(action, Broadcast):
+            self._bus.publish(subjects.control, action.message)
+        elif isinstance(action, Discard):
+            self._spawn(self._discard(action.seq))
+        elif isinstance(action, CheckStored):
+            self._spawn(self._check_stored(action.seq))
+
+    def _send_grant(self, action: SendGrant) -> None:
+        self.metrics.granted(action)
+        worker, seq = action.worker, action.grant.seq
+        nobody = NoResponders(worker, seq)
+        self._bus.publish(self._bus.subjects.work(worker), action.grant, no_responders=lambda: self._handle(nobody))
+
+    async def _discard(self, seq: int) -> None:
+        """Until it is done: nobody else would take the request off the stream."""
+        while True:
+            try:
+                async with self._calls:
+                    await self._bus.discard(seq)
+                return
+            except BusError as error:
+                self._failed("Discard", error)
+                await asyncio.sleep(RETRY_S)
+
+    async def _check_stored(self, seq: int) -> None:
+        stored: bool | None = None
+        try:
+            async with self._calls:
+                stored = await self._bus.fetch(seq) is not None
+        except BusError as error:
+            self._failed("CheckStored", error)
+        self._handle(Checked(seq, stored))
+
+    def _spawn(self, call: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(call)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _failed(self, what: str, error: Exception) -> None:
+        self.metrics.failed(what)
+        logger.error("router %s: %s failed: %s", self._member, what, error, exc_info=not isinstance(error, BusError))
+
+    # -- leadership -----------------------------------------------------------------------------------------------
+
+    def _broadcast_sync(self) -> None:
+        self._bus.publish(self._bus.subjects.control, Sync(epoch=self.epoch, router=self._member))
+
+    async def _synced(self, known: set[str]) -> None:
+        """Return once nothing that runs somewhere can be granted again: every worker answered, or time is up.
+
+        A router that did not listen before cannot know who is missing, so it gives the whole time to workers that
+        may run what nobody has claimed yet.
+        """
+        members = self.core.members
+        deadline_s = self._clock() + self.core.settings.sync_wait_s
+        while members.unclaimed() and self._clock() < deadline_s and self._deposed is None:
+            if known and not members.unanswered(self.epoch):
+                return
+            await asyncio.sleep(SYNC_POLL_S)
+
+    async def _watch_leader(self) -> None:
+        while True:
+            await asyncio.sleep(LEADER_POLL_S)
+            try:
+                router, epoch = await self._bus.leader()
+            except BusError as error:
+                self._failed("leader", error)
+                continue
+            if epoch > self.epoch:
+                self._stand_down(Deposed(router, epoch))
+
+    def _stand_down(self, deposed: Deposed) -> None:
+        if self._deposed is None:
+            logger.warning("router %s stands down: %s", self._member, deposed)
+            self._deposed, self._granting = deposed, False
+            self._wake.set()

@@ -1,0 +1,92 @@
+"""Random histories: arrivals, grants, refusals, deaths, cancels, lost messages; every invariant after every event."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmserve.bus.flow.settings import RouterSettings, TenantSettings
+from llmserve.bus.messages import Role
+from tests.bus.flow.world import World
+
+BOUNDED = RouterSettings(
+    tenants={"a": TenantSettings(weight=1), "b": TenantSettings(weight=2), "c": TenantSettings(max_concurrency=2)},
+    max_tokens_in_flight=1200,
+    max_prefill_concurrency=3,
+    max_decode_concurrency=7,
+)
+TENANTS = ("a", "b", "c", "d")
+
+
+def live_through(seed: int, roles: tuple[Role, ...], loss: float, steps: int) -> World:
+    rng = random.Random(seed)
+    world = World(BOUNDED, rng, loss)
+    for role in roles:
+        world.spawn(role)
+    for _ in range(steps):
+        dice = rng.random()
+        alive = [worker for worker in world.workers.values() if worker.alive]
+        if dice < 0.35:
+            world.arrive(rng.choice(TENANTS), rng.choice((5, 20, 60, 300)), rng.choice((1, 10, 200)))
+            world.dispatch()
+        elif dice < 0.65:
+            world.finish_one(rng.choice(alive))
+            world.dispatch()
+        elif dice < 0.80:
+            world.elapse(rng.choice((0.05, 0.3, 0.7)))
+            world.beat_all()
+        elif dice < 0.90:
+            for worker in alive:
+                world.deliver(worker)
+            world.dispatch()
+        elif dice < 0.95 and world.outcome:
+            world.cancel(rng.choice(list(world.outcome)))
+        elif dice < 0.97 and loss:
+            victim = rng.choice(alive)
+            world.kill(victim)
+            world.spawn(victim.role)
+        elif dice < 0.98:
+            world.elapse(4.0)
+    return world
+
+
+def assert_all_ended(world: World) -> None:
+    world.settle()
+    open_requests = [name for name, outcome in world.outcome.items() if outcome == "open"]
+    assert open_requests == []
+    assert world.core.ledger.entries == {}
+    assert world.stream == {}
+    assert world.core.ledger.budgets.tokens_in_flight == 0
+    assert all(not worker.book and worker.pages == 0 for worker in world.core.ledger.workers.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 1 << 30), st.sampled_from((0.0, 0.05, 0.2)))
+def test_with_prefill_and_decode_workers_every_request_ends_and_no_bound_is_ever_exceeded(
+    seed: int, loss: float
+) -> None:
+    world = live_through(seed, (Role.PREFILL, Role.PREFILL, Role.DECODE, Role.DECODE), loss, 150)
+    assert_all_ended(world)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 1 << 30), st.sampled_from((0.0, 0.05, 0.2)))
+def test_with_workers_of_both_roles_every_request_ends_and_no_bound_is_ever_exceeded(seed: int, loss: float) -> None:
+    world = live_through(seed, (Role.BOTH, Role.BOTH), loss, 150)
+    assert_all_ended(world)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1 << 30))
+def test_without_faults_no_attempt_is_lost(seed: int) -> None:
+    rng = random.Random(seed)
+    world = World(BOUNDED, rng, 0.0)
+    for role in (Role.PREFILL, Role.DECODE):
+        world.spawn(role)
+    for _ in range(40):
+        world.arrive(rng.choice(TENANTS), rng.choice((5, 20, 60, 300)), rng.choice((1, 10, 200)))
+    assert_all_ended(world)
+    assert set(world.outcome.values()) == {"finished"}
+    assert sum(world.core.stats.attempts_lost.values()) == 0

@@ -1,0 +1,328 @@
+"""A deployment in miniature: stream, gateways and workers that obey the protocol, over links that lose messages."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+from llmserve.bus.base import StoredRequest
+from llmserve.bus.flow.actions import Action, Broadcast, CheckStored, Discard, NotifyGateway, SendGrant
+from llmserve.bus.flow.core import RouterCore
+from llmserve.bus.flow.events import Checked, Event, NoResponders, Tick
+from llmserve.bus.flow.settings import RouterSettings
+from llmserve.bus.messages import (
+    Accepted,
+    AttemptLost,
+    Cancel,
+    Failed,
+    Finished,
+    Grant,
+    HandedOff,
+    Heartbeat,
+    Message,
+    Reason,
+    Refused,
+    Rejected,
+    Request,
+    Role,
+    Running,
+    Stage,
+    Sync,
+    decode,
+    encode,
+)
+
+
+def request(
+    request_id: str, attempt: int = 0, prompt_tokens: int = 10, max_tokens: int = 10, **more: object
+) -> Request:
+    fields: dict[str, object] = {"gateway": "g0", "created_s": 0.0, "api": "a1", "body": b"body", **more}
+    return Request(
+        request_id=request_id, attempt=attempt, prompt_tokens=prompt_tokens, max_tokens=max_tokens, **fields
+    )  # type: ignore[arg-type]
+
+
+def stored(seq: int, tenant: str, of: Request) -> StoredRequest:
+    return StoredRequest(seq, tenant, "interactive", of, encode(of))
+
+
+def beat(member: str, role: Role, **more: object) -> Heartbeat:
+    fields: dict[str, object] = {
+        "host": "h",
+        "pid": 1,
+        "api": "a1",
+        "fingerprint": "f1",
+        "slots": 4,
+        "prefill_tokens": 200,
+        "pages_total": 100,
+        "pages_free": 100,
+        "page_tokens": 16,
+        "max_model_len": 1000,
+        **more,
+    }
+    return Heartbeat(member=member, role=role, **fields)  # type: ignore[arg-type]
+
+
+@dataclass
+class Job:
+    of: Request
+    grant: Grant
+    held: bool = False
+    handed_off: HandedOff | None = None
+    lease_until_s: float = 0.0
+
+
+@dataclass
+class FakeWorker:
+    """Runs what it is granted; its messages leave in order, in heartbeats the whole inventory."""
+
+    name: str
+    role: Role
+    alive: bool = True
+    jobs: dict[int, Job] = field(default_factory=dict)
+    cancelled: set[str] = field(default_factory=set)
+    out: deque[Message] = field(default_factory=deque)
+    epoch: int = 0
+
+    def heartbeat(self) -> Heartbeat:
+        pages = sum(-(-(job.of.prompt_tokens + 1) // 16) for job in self.jobs.values())
+        lines = [
+            Running(seq=seq, attempt=job.of.attempt, stage=job.grant.stage, held=job.held)
+            for seq, job in self.jobs.items()
+        ]
+        return beat(self.name, self.role, epoch=self.epoch, pages_free=max(0, 100 - pages), running=lines)
+
+
+class World:
+    """Drives a ``RouterCore`` and records what became of every accepted request."""
+
+    def __init__(self, settings: RouterSettings, rng: random.Random, loss: float) -> None:
+        self.settings, self.rng, self.loss = settings, rng, loss
+        self.core = RouterCore(settings, random.Random(1))
+        self.core.begin("r0", 1)
+        self.now_s = 0.0
+        self.seq = 0
+        self.made = 0
+        self.stream: dict[int, StoredRequest] = {}
+        self.workers: dict[str, FakeWorker] = {}
+        self.outcome: dict[str, str] = {}
+        """Of every accepted request: ``open`` or how it ended."""
+        self.current: dict[str, StoredRequest] = {}
+        self.live: dict[tuple[str, int, Stage], str] = {}
+        """Grants whose worker has neither returned nor ended them."""
+        self.served_tokens: dict[str, int] = {}
+
+    # -- faults and arrivals
+
+    def spawn(self, role: Role) -> None:
+        worker = FakeWorker(f"w{len(self.workers)}", role)
+        self.workers[worker.name] = worker
+        self.tell(worker.heartbeat())
+
+    def arrive(self, tenant: str, prompt_tokens: int, max_tokens: int) -> None:
+        self.made += 1
+        self.submit(tenant, request(f"q{self.made}", 0, prompt_tokens, max_tokens))
+
+    def submit(self, tenant: str, of: Request) -> None:
+        self.seq += 1
+        self.outcome.setdefault(of.request_id, "open")
+        item = stored(self.seq, tenant, of)
+        self.stream[item.seq] = self.current[of.request_id] = item
+        self.tell(item)
+
+    def cancel(self, request_id: str) -> None:
+        if self.outcome[request_id] != "open":
+            return
+        self.outcome[request_id] = "cancelled"
+        self.stream.pop(self.current[request_id].seq, None)
+        self.abort([request_id])
+        if not self.lost():
+            self.tell(Cancel(request_ids=[request_id]))
+
+    def kill(self, worker: FakeWorker) -> None:
+        worker.alive = False
+        for job in worker.jobs.values():
+            self.ended(job)
+        worker.jobs.clear()
+        worker.out.clear()
+
+    def lost(self) -> bool:
+        return self.rng.random() < self.loss
+
+    # -- one step of the world
+
+    def tell(self, event: Event) -> None:
+        self.carry_out(self.core.handle(event, self.now_s))
+        self.core.check()
+
+    def dispatch(self) -> None:
+        self.carry_out(self.core.dispatch(self.now_s))
+        self.core.check()
+        self.check_bounds()
+
+    def elapse(self, seconds: float) -> None:
+        self.now_s += seconds
+        for worker in self.workers.values():
+            for seq, job in list(worker.jobs.items()):
+                if job.held and job.lease_until_s <= self.now_s:
+                    del worker.jobs[seq]
+        self.tell(Tick())
+        self.dispatch()
+
+    def beat_all(self) -> None:
+        self.tell(Heartbeat(member="g0", role=Role.GATEWAY, host="h", pid=1))
+        for worker in self.workers.values():
+            if worker.alive:
+                worker.out.append(worker.heartbeat())
+                self.deliver(worker)
+        self.dispatch()
+
+    def deliver(self, worker: FakeWorker) -> None:
+        while worker.out:
+            message = worker.out.popleft()
+            if not self.lost():
+                self.tell(message)  # type: ignore[arg-type]
+
+    def finish_one(self, worker: FakeWorker) -> None:
+        """The worker's oldest job makes its next step: hand off, or end."""
+        running = [seq for seq, job in worker.jobs.items() if not job.held]
+        if not running:
+            return
+        seq = self.rng.choice(running)
+        job = worker.jobs[seq]
+        self.ended(job)
+        if self.rng.random() < self.loss / 2:
+            del worker.jobs[seq]
+            worker.out.append(Failed(worker=worker.name, seq=seq, request_id=job.of.request_id,
+                                     attempt=job.of.attempt, stage=job.grant.stage, error="boom"))  # fmt: skip
+        elif job.grant.stage is Stage.PREFILL:
+            job.held, job.lease_until_s = True, self.now_s + 30.0
+            job.handed_off = HandedOff(worker=worker.name, seq=seq, request_id=job.of.request_id,
+                                       attempt=job.of.attempt, tokens=[1], pages=1, page_bytes=1, lease_s=30.0,
+                                       params=b"p")  # fmt: skip
+            worker.out.append(job.handed_off)
+        else:
+            self.complete(worker, seq, job)
+        self.deliver(worker)
+
+    def complete(self, worker: FakeWorker, seq: int, job: Job) -> None:
+        del worker.jobs[seq]
+        if job.grant.handoff:
+            handed_off = decode(job.grant.handoff)
+            assert isinstance(handed_off, HandedOff)
+            self.workers[handed_off.worker].jobs.pop(seq, None)
+        if self.stream.pop(seq, None) is not None and self.current[job.of.request_id].seq == seq:
+            self.outcome[job.of.request_id] = "finished"
+        tenant = job.grant.tenant
+        self.served_tokens[tenant] = self.served_tokens.get(tenant, 0) + job.of.prompt_tokens + 2 * job.of.max_tokens
+        worker.out.append(
+            Finished(worker=worker.name, seq=seq, request_id=job.of.request_id, attempt=job.of.attempt,
+                     stage=job.grant.stage, reason=Reason.LENGTH, prompt_tokens=job.of.prompt_tokens,
+                     output_tokens=job.of.max_tokens)
+        )  # fmt: skip
+
+    def abort(self, request_ids: list[str]) -> None:
+        for worker in self.workers.values():
+            worker.cancelled |= set(request_ids)
+            for seq, job in list(worker.jobs.items()):
+                if job.of.request_id in request_ids:
+                    del worker.jobs[seq]
+                    self.ended(job)
+                    self.send_cancelled(worker, job.of, seq, job.grant.stage)
+
+    def send_cancelled(self, worker: FakeWorker, of: Request, seq: int, stage: Stage) -> None:
+        worker.out.append(Finished(worker=worker.name, seq=seq, request_id=of.request_id, attempt=of.attempt,
+                                   stage=stage, reason=Reason.CANCELLED))  # fmt: skip
+
+    def ended(self, job: Job) -> None:
+        self.live.pop((job.of.request_id, job.of.attempt, job.grant.stage), None)
+
+    # -- actions
+
+    def carry_out(self, actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, SendGrant):
+                self.receive(action)
+            elif isinstance(action, NotifyGateway):
+                if not self.lost():
+                    self.notify(action)
+            elif isinstance(action, Discard):
+                self.stream.pop(action.seq, None)
+            elif isinstance(action, CheckStored):
+                self.tell(Checked(action.seq, action.seq in self.stream))
+            elif isinstance(action, Broadcast):
+                self.broadcast(action.message)
+
+    def notify(self, action: NotifyGateway) -> None:
+        message = action.message
+        current = self.current[message.request_id]
+        if self.outcome[message.request_id] != "open" or message.attempt != current.request.attempt:
+            return
+        if isinstance(message, Rejected):
+            self.outcome[message.request_id] = "rejected"
+        elif isinstance(message, AttemptLost):
+            of = current.request
+            again = request(of.request_id, of.attempt + 1, of.prompt_tokens, of.max_tokens)
+            self.submit(current.tenant, again)
+            self.stream.pop(current.seq, None)
+
+    def broadcast(self, message: Cancel | Sync) -> None:
+        if isinstance(message, Cancel):
+            self.abort(message.request_ids)
+            return
+        for worker in self.workers.values():
+            if worker.alive:
+                worker.epoch = message.epoch
+                worker.out.extend(job.handed_off for job in worker.jobs.values() if job.handed_off is not None)
+                worker.out.append(worker.heartbeat())
+
+    def receive(self, action: SendGrant) -> None:
+        grant, worker = action.grant, self.workers[action.worker]
+        of = decode(grant.request)
+        assert isinstance(of, Request)
+        key = (of.request_id, of.attempt, grant.stage)
+        assert key not in self.live, f"{key} is granted twice"
+        if not worker.alive:
+            self.tell(NoResponders(worker.name, grant.seq))
+        elif self.lost():
+            pass
+        elif of.request_id in worker.cancelled:
+            self.send_cancelled(worker, of, grant.seq, grant.stage)
+        elif self.lost():
+            worker.out.append(Refused(worker=worker.name, seq=grant.seq, attempt=of.attempt, stage=grant.stage,
+                                      reason="busy"))  # fmt: skip
+        else:
+            self.live[key] = worker.name
+            worker.jobs[grant.seq] = Job(of, grant)
+            worker.out.append(Accepted(worker=worker.name, seq=grant.seq, attempt=of.attempt, stage=grant.stage,
+                                       epoch=grant.epoch))  # fmt: skip
+
+    # -- what must hold
+
+    def check_bounds(self) -> None:
+        budgets = self.core.ledger.budgets
+        assert budgets.tokens_in_flight <= (self.settings.max_tokens_in_flight or 1 << 60)
+        for tenant, number in budgets.in_progress.items():
+            assert number <= (self.settings.tenant(tenant).max_concurrency or 1 << 60), f"{tenant} runs {number}"
+        assert budgets.on_workers[Stage.PREFILL] <= (self.settings.max_prefill_concurrency or 1 << 60)
+        decoding = budgets.on_workers[Stage.DECODE] + budgets.on_workers[Stage.WHOLE]
+        assert decoding <= (self.settings.max_decode_concurrency or 1 << 60)
+        for worker in self.core.ledger.workers.values():
+            assert len(worker.book) <= worker.beat.slots, f"{worker.member} has more than its slots"
+            alone = len(worker.book) == 1
+            if worker.stage is Stage.PREFILL:
+                assert alone or worker.prompt_tokens <= worker.beat.prefill_tokens, f"{worker.member}: prefill credit"
+            assert alone or worker.pages <= worker.beat.pages_total, f"{worker.member}: more pages than it has"
+
+    def settle(self, limit_s: float = 300.0) -> None:
+        """No more faults: let everything end."""
+        self.loss = 0.0
+        until_s = self.now_s + limit_s
+        while self.now_s < until_s and (self.stream or self.core.ledger.entries):
+            self.elapse(0.25)
+            self.beat_all()
+            for worker in self.workers.values():
+                if worker.alive:
+                    self.finish_one(worker)
+            self.dispatch()
