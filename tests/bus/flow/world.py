@@ -167,11 +167,11 @@ class World:
             for seq, job in list(worker.jobs.items()):
                 if job.held and job.lease_until_s <= self.now_s:
                     del worker.jobs[seq]
+        self.tell(Heartbeat(member="g0", role=Role.GATEWAY, host="h", pid=1))
         self.tell(Tick())
         self.dispatch()
 
     def beat_all(self) -> None:
-        self.tell(Heartbeat(member="g0", role=Role.GATEWAY, host="h", pid=1))
         for worker in self.workers.values():
             if worker.alive:
                 worker.out.append(worker.heartbeat())
