@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import gguf
+import msgspec
 import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Json: TypeAlias = "str | int | float | bool | None | list[Json] | dict[str, Json]"
+Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
+_T = TypeVar("_T")
 
 _OUTER_TENSORS = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -65,32 +67,34 @@ class _Metadata:
     """Typed reading of a GGUF file's key-value pairs."""
 
     def __init__(self, reader: gguf.GGUFReader) -> None:
-        self._values = {name: field.contents() for name, field in reader.fields.items()}
+        self._values: dict[str, object] = {name: field.contents() for name, field in reader.fields.items()}
 
     def text(self, key: str) -> str:
-        return str(self._value(key))
+        return self._read(key, str)
 
     def number(self, key: str) -> int:
-        return int(self._value(key))
+        return self._read(key, int)
 
     def real(self, key: str) -> float:
-        return float(self._value(key))
+        return self._read(key, float)
 
     def texts(self, key: str) -> list[str]:
-        return [str(item) for item in self._value(key)]
+        return self._read(key, list[str])
 
     def numbers(self, key: str) -> list[int]:
-        return [int(item) for item in self._value(key)]
+        return self._read(key, list[int])
 
     def token(self, which: str) -> str:
         """The special token that the file calls ``which``."""
         return self.texts("tokenizer.ggml.tokens")[self.number(f"tokenizer.ggml.{which}_token_id")]
 
-    def _value(self, key: str) -> Json:
+    def _read(self, key: str, kind: type[_T]) -> _T:
         if key not in self._values:
             raise GgufError(f"no {key} in the GGUF file")
-        value: Json = self._values[key]
-        return value
+        try:
+            return msgspec.convert(self._values[key], kind)
+        except msgspec.ValidationError as error:
+            raise GgufError(f"{key} in the GGUF file: {error}") from error
 
 
 def _special_ids(metadata: _Metadata) -> dict[str, Json]:

@@ -1,10 +1,14 @@
-"""The manifest as frozen structs. The YAML spells fields exactly as here; units stand in the names or the docstrings.
+"""The manifest as frozen structs. The YAML spells fields exactly as here.
+
+Units stand in the names. A GB is 2**30 bytes, a KB 2**10; a Gbps is 10**9 bits a second. Mappings are plain dicts
+when loaded: the type says that nobody may write to them.
 
 ``docs/manifest.md`` is the reference for users and is held to these structs by a test.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import msgspec
@@ -13,7 +17,7 @@ from msgspec import Meta
 Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[int, Meta(ge=0)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 
 
@@ -57,7 +61,8 @@ class Tenant(Part, frozen=True, kw_only=True):
 
 
 class FairShare(Part, frozen=True, kw_only=True):
-    tenants: dict[Name, Tenant] = msgspec.field(default_factory=lambda: {"default": Tenant()})
+    tenants: Mapping[Name, Tenant] = msgspec.field(default_factory=lambda: {"default": Tenant()})
+    """``default`` is always there once loaded, with weight 1 if the manifest does not name it."""
 
 
 class Policies(Part, frozen=True, kw_only=True):
@@ -81,17 +86,20 @@ class Budgets(Part, frozen=True, kw_only=True):
     max_prefill_concurrency: Positive | None = None
     max_decode_concurrency: Positive | None = None
     max_kv_hbm_gb: PositiveFloat | None = None
+    """KV space of all engines together, divided among them evenly."""
     max_kv_io_gbps: PositiveFloat | None = None
+    """Rate of all KV transfers together, divided among the decode engines evenly."""
 
 
 class Eviction(Part, frozen=True, kw_only=True):
     hot_keep_secs: NonNegative = 300
     evict_if_inactive_secs: NonNegative = 900
-    tenant_hotset_gb: dict[Name, PositiveFloat] = {}
+    tenant_hotset_gb: Mapping[Name, PositiveFloat] = {}
 
 
 class KVCache(Part, frozen=True, kw_only=True):
     page_size_kb: Positive | None = None
+    """Wish for the bytes of one page on one rank; rounded to what the device's block sizes allow."""
     prefix_caching: bool = True
     hbm_dtype: Literal["auto", "fp16", "bf16", "fp8"] = "auto"
     disk_dtype: Literal["raw", "int8", "zstd"] | None = None
@@ -138,6 +146,8 @@ class Replicas(Part, frozen=True, kw_only=True):
 
 
 class Resources(Part, frozen=True, kw_only=True):
+    """GPUs of one replica; 0 is the CPU. At least tensor_parallel x pipeline_parallel are taken."""
+
     prefill_gpu: NonNegative = 0
     decode_gpu: NonNegative = 0
 
@@ -148,18 +158,6 @@ class Deployment(Part, frozen=True, kw_only=True):
     resources: Resources = Resources()
 
 
-class Engine(Part, frozen=True, kw_only=True):
-    kind: Literal["vllm", "simulated"] = "vllm"
-    enforce_eager: bool = False
-    max_num_seqs: Positive | None = None
-    """Requests that one engine runs at once; vLLM's default for the device otherwise."""
-    max_num_batched_tokens: Positive | None = None
-    kv_space_gb: PositiveFloat | None = None
-    """KV space of one engine. On GPUs vLLM measures what is free otherwise; on CPUs 1 GB otherwise."""
-    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] | None = None
-    simulated: Simulated | None = None
-
-
 class Simulated(Part, frozen=True, kw_only=True):
     """Timing model of the simulated engine: a step takes ``step_ms`` plus the cost of its tokens."""
 
@@ -167,6 +165,18 @@ class Simulated(Part, frozen=True, kw_only=True):
     prefill_us_per_token: Annotated[float, Meta(ge=0)] = 20.0
     decode_us_per_request: Annotated[float, Meta(ge=0)] = 50.0
     transfer_gbps: PositiveFloat = 100.0
+
+
+class Engine(Part, frozen=True, kw_only=True):
+    kind: Literal["vllm", "simulated"] = "vllm"
+    enforce_eager: bool = False
+    max_num_seqs: Positive | None = None
+    """Requests that one engine runs at once; vLLM's default for the device otherwise."""
+    max_num_batched_tokens: Positive | None = None
+    kv_space_gb: PositiveFloat | None = None
+    """KV space of one engine over all its ranks. Otherwise vLLM measures what is free on GPUs; 1 GB on CPUs."""
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] | None = None
+    simulated: Simulated | None = None
 
 
 class Gateway(Part, frozen=True, kw_only=True):
@@ -180,12 +190,13 @@ class Gateway(Part, frozen=True, kw_only=True):
 
 class Bus(Part, frozen=True, kw_only=True):
     url: str | None = None
-    """An external nats-server; None starts an embedded one."""
+    """An external nats-server, or ``env:NAME``; None starts an embedded one."""
     token: str | None = None
+    """Token that the server asks for, or ``env:NAME``."""
     state_dir: str | None = None
     """Of the embedded server; ``$XDG_STATE_HOME/llmserve/<deployment>`` by default."""
     sync: Literal["interval", "always"] = "interval"
-    """When the embedded server writes to the disk: each second, or before each acknowledgement (survives a power cut)."""
+    """When the embedded server writes to the disk: each second, or before each acknowledgement (for power cuts)."""
 
 
 class ApiKey(Part, frozen=True, kw_only=True):
@@ -195,9 +206,9 @@ class ApiKey(Part, frozen=True, kw_only=True):
 
 
 class Security(Part, frozen=True, kw_only=True):
-    api_keys: list[str | ApiKey] = []
+    api_keys: tuple[str | ApiKey, ...] = ()
     """A bare string belongs to the tenant ``default``. Empty: no authentication, and only on a loopback address."""
-    cache_sharing: dict[Name, list[Name]] = {}
+    cache_sharing: Mapping[Name, tuple[Name, ...]] = {}
     """Groups of tenants that may hit each other's prefix cache."""
 
 
@@ -207,7 +218,7 @@ class Spec(Part, frozen=True, kw_only=True):
     scheduling: Scheduling = Scheduling()
     budgets: Budgets = Budgets()
     kv_cache: KVCache = KVCache()
-    storageClasses: list[StorageClass] = []
+    storageClasses: tuple[StorageClass, ...] = ()
     transfer: Transfer = Transfer()
     deployment: Deployment = Deployment()
     gateway: Gateway = Gateway()

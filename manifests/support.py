@@ -1,0 +1,67 @@
+"""Fields that parse and are not used yet: named, never ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llmserve.manifests.errors import FieldPath, ManifestError, dotted, shown
+from llmserve.manifests.schema import Manifest, Spec
+
+_NO_TIERS = "KV pages stay in the engines' memory; tiers below it come later"
+_NO_BATCH = "batch class work comes later"
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """A value that asks for something that is not there yet."""
+
+    path: str
+    value: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"not supported yet: {self.path}: {self.value} ({self.reason})"
+
+
+def unsupported(manifest: Manifest) -> list[Unsupported]:
+    """All such values, in the order of the manifest's sections."""
+    return [Unsupported(dotted(path), value, reason) for path, value, reason in _found(manifest.spec)]
+
+
+def require_supported(manifest: Manifest) -> None:
+    """Raise ``ManifestError`` with one line for each value that is not supported yet."""
+    found = unsupported(manifest)
+    if found:
+        raise ManifestError([str(item) for item in found])
+
+
+def _found(spec: Spec) -> Iterator[tuple[FieldPath, str, str]]:
+    scheduling = ("spec", "scheduling")
+    for name, tenant in spec.scheduling.fair_share.tenants.items():
+        if tenant.ttft_slo_ms is not None:
+            path = (*scheduling, "fair_share", "tenants", name, "ttft_slo_ms")
+            yield path, f"{tenant.ttft_slo_ms:g}", "tenants share by weight alone"
+    slots = spec.scheduling.policies.min_decode_slots
+    if slots:
+        yield (*scheduling, "policies", "min_decode_slots"), str(slots), _NO_BATCH
+    kv_cache, at = spec.kv_cache, ("spec", "kv_cache")
+    if kv_cache.disk_dtype is not None:
+        yield (*at, "disk_dtype"), kv_cache.disk_dtype, _NO_TIERS
+    if kv_cache.eviction is not None:
+        yield (*at, "eviction"), shown({}), _NO_TIERS
+    for index, storage in enumerate(spec.storageClasses):
+        yield ("spec", "storageClasses", index), storage.name, _NO_TIERS
+    yield from _transfer(spec)
+    if spec.deployment.mode == "k8s":
+        yield ("spec", "deployment", "mode"), "k8s", "only local, and docker-compose.yml"
+
+
+def _transfer(spec: Spec) -> Iterator[tuple[FieldPath, str, str]]:
+    transfer, at = spec.transfer, ("spec", "transfer")
+    for name, options in (("ucx", transfer.ucx), ("nccl", transfer.nccl)):
+        if options is not None:
+            yield (*at, name), shown({}), f"the transfer engine {name} is not built yet; the ladder skips it"
+    moves_pages = spec.deployment.replicas.prefill > 0 and spec.engine.kind == "vllm"
+    if moves_pages and "nixl" not in transfer.engine_order:
+        yield (*at, "engine_order"), ", ".join(transfer.engine_order), "of these engines none is built yet; add nixl"
