@@ -323,6 +323,7 @@ class RouterCore:
     def _adopt(self, entry: Entry, worker: WorkerState, stage: Stage, now_s: float) -> None:
         self.stats.adopted += 1
         self.ledger.adopt(entry, worker, stage, now_s)
+        worker.recount_strays()
 
     def _requeue(self, entry: Entry, now_s: float) -> None:
         """A grant that certainly was not run goes back to the head."""
