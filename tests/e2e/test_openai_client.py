@@ -161,7 +161,7 @@ def test_models_are_listed(client: openai.OpenAI, pd: Stack) -> None:
 
 
 def test_a_prompt_that_is_too_long_is_a_bad_request(client: openai.OpenAI, pd: Stack) -> None:
-    with pytest.raises(openai.BadRequestError, match="context length|too long|maximum"):
+    with pytest.raises(openai.BadRequestError, match=r"context length|too long|maximum"):
         client.completions.create(model=pd.model, prompt=[1000] * 3000, max_tokens=8)
 
 
