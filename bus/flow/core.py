@@ -97,11 +97,9 @@ class RouterCore:
         if current is not None:
             self._supersede(current, entry, now_s)
         self.ledger.add(entry)
-        for worker in self.ledger.workers.values():
-            line = worker.claims.pop(entry.seq, None)
-            if line is not None and line.attempt == entry.attempt:
-                self._adopt(entry, worker, line.stage, now_s)
-                break
+        claim = self.members.take_claim(entry)
+        if claim is not None:
+            self._adopt(entry, *claim, now_s)
         else:
             self.ledger.queue(entry, now_s)
         self._apply_early(entry.seq, now_s)

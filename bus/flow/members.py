@@ -70,6 +70,19 @@ class Members:
                 report.unheld.append(entry)
         return report
 
+    def take_claim(self, entry: Entry) -> tuple[WorkerState, Stage] | None:
+        """The worker whose inventory listed the request before it was known; one that only holds its pages comes
+        last, since another may decode from them already."""
+        claims = []
+        for worker in self._ledger.workers.values():
+            line = worker.claims.pop(entry.seq, None)
+            if line is not None and line.attempt == entry.attempt:
+                claims.append((line.held, worker, line.stage))
+        if not claims:
+            return None
+        _, worker, stage = min(claims, key=lambda claim: claim[0])
+        return worker, stage
+
     def _compare(self, worker: WorkerState, entry: Entry, line: Running, settled_s: float, report: Report) -> None:
         if line.held:
             if entry.place is Place.QUEUED:

@@ -72,8 +72,8 @@ def handed_off(worker: str, seq: int, lease_s: float = 30.0) -> HandedOff:
     )  # fmt: skip
 
 
-def queued(seq: int, tenant: str = "a", **more: int) -> Event:
-    return stored(seq, tenant, request(f"q{seq}", **more))
+def queued(seq: int, tenant: str = "a", prompt_tokens: int = 10, max_tokens: int = 10) -> Event:
+    return stored(seq, tenant, request(f"q{seq}", 0, prompt_tokens, max_tokens))
 
 
 def test_a_request_is_prefilled_then_decoded_by_a_worker_of_the_same_fingerprint() -> None:

@@ -20,7 +20,7 @@ BOUNDED = RouterSettings(
 TENANTS = ("a", "b", "c", "d")
 
 
-def live_through(seed: int, roles: tuple[Role, ...], loss: float, steps: int) -> World:
+def live_through(seed: int, roles: tuple[Role, ...], loss: float, steps: int, restarts: bool = False) -> World:
     rng = random.Random(seed)
     world = World(BOUNDED, rng, loss)
     for role in roles:
@@ -49,6 +49,8 @@ def live_through(seed: int, roles: tuple[Role, ...], loss: float, steps: int) ->
             world.spawn(victim.role)
         elif dice < 0.98:
             world.elapse(4.0)
+        elif dice < 0.99 and restarts:
+            world.restart_router()
     return world
 
 
@@ -90,3 +92,13 @@ def test_without_faults_no_attempt_is_lost(seed: int) -> None:
     assert_all_ended(world)
     assert set(world.outcome.values()) == {"finished"}
     assert sum(world.core.stats.attempts_lost.values()) == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 1 << 30), st.sampled_from((0.0, 0.1)), st.booleans())
+def test_new_leaders_in_between_lose_nothing_and_grant_nothing_that_still_runs(
+    seed: int, loss: float, both: bool
+) -> None:
+    roles = (Role.BOTH, Role.BOTH) if both else (Role.PREFILL, Role.PREFILL, Role.DECODE, Role.DECODE)
+    world = live_through(seed, roles, loss, 250, restarts=True)
+    assert_all_ended(world)

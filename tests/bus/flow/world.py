@@ -35,12 +35,23 @@ from llmserve.bus.messages import (
 
 
 def request(
-    request_id: str, attempt: int = 0, prompt_tokens: int = 10, max_tokens: int = 10, **more: object
+    request_id: str,
+    attempt: int = 0,
+    prompt_tokens: int = 10,
+    max_tokens: int = 10,
+    api: str = "a1",
+    body: bytes = b"body",
 ) -> Request:
-    fields: dict[str, object] = {"gateway": "g0", "created_s": 0.0, "api": "a1", "body": b"body", **more}
     return Request(
-        request_id=request_id, attempt=attempt, prompt_tokens=prompt_tokens, max_tokens=max_tokens, **fields
-    )  # type: ignore[arg-type]
+        request_id=request_id,
+        gateway="g0",
+        attempt=attempt,
+        created_s=0.0,
+        prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        api=api,
+        body=body,
+    )
 
 
 def stored(seq: int, tenant: str, of: Request) -> StoredRequest:
@@ -149,6 +160,24 @@ class World:
 
     def lost(self) -> bool:
         return self.rng.random() < self.loss
+
+    def restart_router(self) -> None:
+        """Another leader: it knows nothing but the stream and what the workers answer to its Sync."""
+        loss, self.loss = self.loss, 0.0
+        epoch = self.core.epoch + 1
+        self.core = RouterCore(self.settings, random.Random(epoch))
+        self.core.begin("r0", epoch)
+        self.broadcast(Sync(epoch=epoch, router="r0"))
+        alive = [worker for worker in self.workers.values() if worker.alive]
+        early = alive[: self.rng.randrange(len(alive) + 1)]
+        for worker in early:
+            self.deliver(worker)
+        for item in list(self.stream.values()):
+            self.tell(item)
+        for worker in alive:
+            self.deliver(worker)
+        self.dispatch()
+        self.loss = loss
 
     # -- one step of the world
 
