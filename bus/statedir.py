@@ -1,0 +1,133 @@
+"""The state folder of an embedded server: its lock, endpoint, configuration, log and streams."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from llmserve.bus.base import BusError
+
+_LOG_MAX_BYTES = 16 << 20
+_LOCK_PATIENCE_S = 2.0
+
+
+class StateInUse(BusError):
+    """Another server uses the state folder."""
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """Where a server listens and how clients authenticate; kept over restarts."""
+
+    port: int
+    token: str
+
+
+class StateDir:
+    """Files of one server below ``root``; only the owner may read them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.config = self.root / "nats.conf"
+        self.log = self.root / "nats.log"
+        self.run = self.root / "run"
+        self.store = self.root / "jetstream"
+        self._endpoint = self.root / "endpoint.json"
+        self._lock = self.root / "lock"
+        self._fd: int | None = None
+
+    @property
+    def lock_fd(self) -> int:
+        """Descriptor of the lock that ``acquire`` took."""
+        if self._fd is None:
+            raise BusError(f"the state folder {self.root} is not locked")
+        return self._fd
+
+    def acquire(self) -> None:
+        """Make the folder ours. Raises ``StateInUse``; waits a moment for an orphan that is on its way out."""
+        if self._fd is not None:
+            return
+        try:
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.run.mkdir(exist_ok=True, mode=0o700)
+            fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise BusError(f"state folder {self.root}: {error.strerror}") from error
+        deadline = time.monotonic() + _LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+                    os.close(fd)
+                    raise StateInUse(f"state folder {self.root} is in use by process {holder}") from None
+                time.sleep(0.02)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        self._fd = fd
+
+    def release(self) -> None:
+        """Give the folder back."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def read_endpoint(self) -> Endpoint | None:
+        """The endpoint of the last server here, None if there was none or its file is damaged."""
+        try:
+            return msgspec.json.decode(self._endpoint.read_bytes(), type=Endpoint)
+        except (FileNotFoundError, msgspec.MsgspecError):
+            return None
+
+    def write_endpoint(self, endpoint: Endpoint) -> None:
+        self._write_private(self._endpoint, msgspec.json.encode(endpoint))
+
+    def write_config(self, text: str) -> None:
+        self._write_private(self.config, text.encode())
+
+    def open_log(self) -> IO[bytes]:
+        """The server's log, begun anew when it has grown large."""
+        if self.log.exists() and self.log.stat().st_size > _LOG_MAX_BYTES:
+            self.log.unlink()
+        return self.log.open("ab")
+
+    def log_tail(self) -> str:
+        """The last line of the log, for an error message."""
+        try:
+            lines = self.log.read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            lines = []
+        return lines[-1] if lines else "its log is empty"
+
+    def clear_ports_files(self) -> None:
+        """Remove what a killed server left."""
+        for path in self.run.glob("*.ports"):
+            path.unlink(missing_ok=True)
+
+    def monitor_url(self, pid: int) -> str | None:
+        """The monitoring address that the server ``pid`` announced, None if it has not yet."""
+        for path in self.run.glob(f"*_{pid}.ports"):
+            try:
+                return str(json.loads(path.read_text())["monitoring"][0])
+            except (OSError, ValueError, LookupError):
+                return None  # not written to its end yet
+        return None
+
+    def _write_private(self, path: Path, data: bytes) -> None:
+        temporary = path.with_name(path.name + ".new")
+        temporary.unlink(missing_ok=True)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
+        temporary.replace(path)
+
+
+def read_endpoint(state_dir: Path) -> Endpoint | None:
+    """Where the embedded server of ``state_dir`` listens: for other processes of the same user."""
+    return StateDir(state_dir).read_endpoint()
