@@ -1,0 +1,334 @@
+"""The gateway's end of the bus: open requests, their deltas, their attempts, their deadlines.
+
+The decisions are in ``attempts``; this module carries them out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+
+from llmserve.bus.base import Bus, BusError, BusUnavailable, QueueFull, Subscription
+from llmserve.bus.messages import (
+    AnyMessage,
+    AttemptLost,
+    Cancel,
+    Delta,
+    Deltas,
+    Reason,
+    Rejected,
+    Request,
+)
+from llmserve.gateway.attempts import Action, Attempts, Deliver, Discard, Fail, Mode, Submit, Withdraw
+from llmserve.gateway.codec import RequestCodec
+from llmserve.gateway.metrics import GatewayMetrics
+
+log = logging.getLogger(__name__)
+
+_SWEEP_S = 1.0
+_RETRY_S = 0.5
+"""Between attempts to store a resubmission."""
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One open request."""
+
+    local_id: str
+    """The caller's name for it."""
+    tenant: str
+    klass: str
+    codec: RequestCodec
+    attempts: Attempts
+    received_s: float
+    """Monotonic time at which the client's request came in, for the time to the first token."""
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created_s: float = field(default_factory=time.time)
+    progress_s: float = field(default_factory=time.monotonic)
+    """Monotonic time of the last token, or of the start."""
+    first_token_s: float | None = None
+    probing: bool = False
+    missing_since_s: float | None = None
+    """Monotonic time since which the stream is known not to hold the request any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """Part of a delta that is new."""
+
+    local_id: str
+    delta: Delta
+    skip: int
+    """Tokens of ``delta`` that are known already."""
+    reason: Reason | None
+
+
+class Channel:
+    """Requests out, tokens in. ``on_arrivals`` gets what one bus message brought, ``on_failure`` each failed call."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        member_id: str,
+        api: str,
+        metrics: GatewayMetrics,
+        *,
+        on_arrivals: Callable[[list[Arrival]], None],
+        on_failure: Callable[[Call, Fail], None],
+        deadline_s: float = 600.0,
+        probe_after_s: float = 5.0,
+    ) -> None:
+        self._bus = bus
+        self._member_id = member_id
+        self._api = api
+        self._metrics = metrics
+        self._on_arrivals = on_arrivals
+        self._on_failure = on_failure
+        self._deadline_s = deadline_s
+        self._probe_after_s = probe_after_s
+        self._calls: dict[str, Call] = {}
+        self._by_local_id: dict[str, Call] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._subscription: Subscription | None = None
+
+    async def start(self) -> None:
+        """Listen for tokens and watch deadlines."""
+        self._subscription = await self._bus.subscribe(self._bus.subjects.gateway(self._member_id), self._hear)
+        self._spawn(self._sweep_forever())
+
+    async def stop(self) -> None:
+        """Cancel what is open and stop listening."""
+        self.cancel(list(self._by_local_id))
+        for task in list(self._tasks):
+            if task.get_name() == "gateway-sweep":
+                task.cancel()
+        _, pending = await asyncio.wait(self._tasks, timeout=2.0) if self._tasks else (set(), set())
+        for task in pending:
+            task.cancel()
+        if self._subscription is not None:
+            await self._subscription.unsubscribe()
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    async def open(
+        self, local_id: str, tenant: str, klass: str, codec: RequestCodec, mode: Mode, received_s: float
+    ) -> None:
+        """Accept a request durably; its tokens follow. Raises ``QueueFull`` or ``BusUnavailable``."""
+        call = Call(local_id, tenant, klass, codec, Attempts(mode, codec.max_tokens), received_s)
+        # Known before it is stored: its first tokens may overtake the acknowledgement.
+        self._calls[call.request_id] = self._by_local_id[local_id] = call
+        storing = asyncio.get_running_loop().create_task(self._store(call, call.attempts.start()))
+        try:
+            # A caller who is cancelled meanwhile must not leave a request behind that nobody waits for.
+            seq = await asyncio.shield(storing)
+        except asyncio.CancelledError:
+            self.cancel([local_id])
+            self._spawn(self._discard_when_stored(storing))
+            raise
+        except BusUnavailable:
+            # It may have been stored all the same.
+            self.cancel([local_id])
+            raise
+        except BaseException:
+            self._forget(call)
+            raise
+        self._metrics.accepted(tenant, codec.prompt_tokens)
+        self._carry_out(call, call.attempts.stored(0, seq), None)
+
+    def cancel(self, local_ids: list[str]) -> None:
+        """Stop these requests everywhere; unknown ones are ignored."""
+        ids = []
+        for local_id in local_ids:
+            call = self._by_local_id.get(local_id)
+            if call is None:
+                continue
+            seq = call.attempts.seq
+            if call.attempts.cancel():
+                ids.append(call.request_id)
+                self._forget(call)
+                if seq is not None:
+                    self._spawn(self._discard(seq))
+        if ids:
+            self._bus.publish(self._bus.subjects.control, Cancel(request_ids=ids))
+
+    def _hear(self, message: AnyMessage) -> None:
+        match message:
+            case Deltas():
+                self._hear_deltas(message)
+            case AttemptLost():
+                if call := self._calls.get(message.request_id):
+                    log.warning(
+                        "attempt lost",
+                        extra={"bus_id": call.request_id, "attempt": message.attempt, "cause": message.cause},
+                    )
+                    self._carry_out(call, call.attempts.lost(message.attempt, message.cause), None)
+            case Rejected():
+                if call := self._calls.get(message.request_id):
+                    actions = call.attempts.rejected(message.attempt, message.code, message.message)
+                    self._carry_out(call, actions, None)
+            case _:
+                log.error("unexpected %s on the gateway's subject", type(message).__name__)
+
+    def _hear_deltas(self, message: Deltas) -> None:
+        arrivals: list[Arrival] = []
+        now = time.monotonic()
+        for delta in message.items:
+            call = self._calls.get(delta.request_id)
+            if call is None:
+                self._metrics.stale_deltas.inc()
+                continue
+            actions = call.attempts.delta(delta.attempt, delta.offset, delta.tokens, delta.reason)
+            if not actions:
+                self._metrics.stale_deltas.inc()
+                continue
+            first = actions[0]
+            if isinstance(first, Deliver):
+                arrivals.append(self._arrive(call, delta, first, now))
+            else:
+                self._carry_out(call, actions, now)
+        if arrivals:
+            self._on_arrivals(arrivals)
+
+    def _arrive(self, call: Call, delta: Delta, deliver: Deliver, now: float) -> Arrival:
+        fresh = len(delta.tokens) - deliver.skip
+        if fresh:
+            if call.first_token_s is None:
+                call.first_token_s = now
+                self._metrics.first_tokens(call.tenant, now - call.received_s, fresh, delta.cached_tokens or 0)
+            else:
+                self._metrics.next_tokens(call.tenant, now - call.progress_s, fresh)
+            call.progress_s = now
+        if deliver.reason is not None:
+            self._forget(call)
+            self._metrics.ended(call.tenant, len(call.attempts.tokens), call.first_token_s, now)
+        return Arrival(call.local_id, delta, deliver.skip, deliver.reason)
+
+    def _carry_out(self, call: Call, actions: list[Action], now: float | None) -> None:
+        for action in actions:
+            match action:
+                case Submit(attempt, offset):
+                    self._metrics.resubmitted(call.attempts.mode.value)
+                    log.info(
+                        "resubmitting",
+                        extra={"bus_id": call.request_id, "attempt": attempt, "offset_tokens": offset},
+                    )
+                    call.progress_s = time.monotonic()
+                    call.missing_since_s = None
+                    self._spawn(self._resubmit(call, action))
+                case Deliver():
+                    # Only a synthesized end comes here: what a delta brings is delivered by _hear_deltas.
+                    empty = Delta(call.request_id, call.attempts.attempt, len(call.attempts.tokens), [])
+                    self._on_arrivals([self._arrive(call, empty, action, now or time.monotonic())])
+                case Discard(seq):
+                    self._spawn(self._discard(seq))
+                case Withdraw(seq):
+                    self._bus.publish(self._bus.subjects.control, Cancel(request_ids=[call.request_id]))
+                    if seq is not None:
+                        self._spawn(self._discard(seq))
+                case Fail(code, message):
+                    self._forget(call)
+                    self._metrics.attempts_failed.labels(code).inc()
+                    log.error("request failed: %s", message, extra={"bus_id": call.request_id, "code": code})
+                    self._on_failure(call, action)
+
+    async def _store(self, call: Call, submit: Submit) -> int:
+        delivered = call.attempts.tokens[: submit.offset]
+        request = Request(
+            request_id=call.request_id,
+            gateway=self._member_id,
+            attempt=submit.attempt,
+            created_s=call.created_s,
+            prompt_tokens=call.codec.prompt_tokens + submit.offset,
+            max_tokens=call.codec.max_tokens - submit.offset,
+            offset=submit.offset,
+            whole_output=call.codec.whole_output,
+            api=self._api,
+            body=call.codec.body(call.request_id, delivered),
+        )
+        return await self._bus.accept(request, call.tenant, call.klass)
+
+    async def _resubmit(self, call: Call, submit: Submit) -> None:
+        """Store a further attempt. The tenant's queue may be full with this very request: then the lost attempt
+        makes room for it."""
+        until = time.monotonic() + min(self._deadline_s, 10.0)
+        while not call.attempts.ended and submit.attempt == call.attempts.attempt:
+            try:
+                seq = await self._store(call, submit)
+            except QueueFull as error:
+                if call.attempts.seq is not None:
+                    await self._discard(call.attempts.seq)
+                if time.monotonic() > until:
+                    self._carry_out(call, call.attempts.unstorable(submit.attempt, str(error)), None)
+                    return
+                await asyncio.sleep(_RETRY_S)
+            except BusUnavailable as error:
+                self._carry_out(call, call.attempts.unstorable(submit.attempt, str(error)), None)
+                return
+            else:
+                self._carry_out(call, call.attempts.stored(submit.attempt, seq), None)
+                return
+
+    async def _discard_when_stored(self, storing: asyncio.Task[int]) -> None:
+        try:
+            seq = await storing
+        except BusError as error:
+            log.info("the cancelled request was not stored: %s", error)
+        else:
+            await self._discard(seq)
+
+    async def _discard(self, seq: int) -> None:
+        try:
+            await self._bus.discard(seq)
+        except BusError as error:
+            # The router drops it: a higher attempt supersedes it, or its gateway has cancelled it.
+            log.warning("request %d stays on the stream: %s", seq, error)
+
+    async def _sweep_forever(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.set_name("gateway-sweep")
+        while True:
+            await asyncio.sleep(min(_SWEEP_S, self._deadline_s / 4))
+            self._sweep(time.monotonic())
+
+    def _sweep(self, now: float) -> None:
+        for call in list(self._calls.values()):
+            idle_s = now - call.progress_s
+            if idle_s > self._deadline_s:
+                self._carry_out(call, call.attempts.expired(self._deadline_s), now)
+            elif call.missing_since_s is not None:
+                if now - call.missing_since_s >= _SWEEP_S / 2 and call.progress_s < call.missing_since_s:
+                    cause = "it is off the stream and its last tokens never came"
+                    self._carry_out(call, call.attempts.lost(call.attempts.attempt, cause), now)
+            elif idle_s > self._probe_after_s and not call.probing and call.attempts.seq is not None:
+                call.probing = True
+                self._spawn(self._probe(call, call.attempts.seq))
+
+    async def _probe(self, call: Call, seq: int) -> None:
+        """Deltas travel at most once: if the last one was lost, only the stream tells that the request is over."""
+        try:
+            if await self._bus.fetch(seq) is None and seq == call.attempts.seq:
+                call.missing_since_s = time.monotonic()
+        except BusError as error:
+            log.warning("cannot look request %d up: %s", seq, error)
+        finally:
+            call.probing = False
+
+    def _forget(self, call: Call) -> None:
+        self._calls.pop(call.request_id, None)
+        self._by_local_id.pop(call.local_id, None)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("background task of the gateway failed", exc_info=error)

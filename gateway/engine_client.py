@@ -1,0 +1,157 @@
+"""vLLM's ``EngineCoreClient`` on the bus: the seam below ``AsyncLLM``, above it everything is vLLM's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.serial_utils import MsgpackEncoder
+
+from llmserve.bus.base import Bus, BusUnavailable, QueueFull
+from llmserve.gateway.attempts import Fail
+from llmserve.gateway.caller import Caller, Failure, current_caller, request_salt
+from llmserve.gateway.channel import Arrival, Call, Channel
+from llmserve.gateway.codec import Refusal
+from llmserve.gateway.metrics import GatewayMetrics
+from llmserve.gateway.vllm_codec import VllmOutputs, VllmRequestCodec, mode_of, refuse_unsupported
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+_RETRY_AFTER_S = 1
+_FAILURES = {
+    "unservable": (HTTPStatus.BAD_REQUEST, "BadRequestError"),
+    "deadline": (HTTPStatus.GATEWAY_TIMEOUT, "TimeoutError"),
+    "cancelled": (HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"),
+}
+_INTERNAL = (HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
+
+
+class RequestFailed(GracefulHTTPError):  # type: ignore[misc]
+    """A failure that vLLM's server passes on as it is."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message, failure.status)
+        self.failure = failure
+
+
+class BusEngineClient(EngineCoreClient):  # type: ignore[misc]
+    """Requests go to the bus, tokens come from it; there is no engine behind it in this process."""
+
+    engine_ranks_managed = (0,)
+
+    class resources:
+        """``AsyncLLM`` looks here for the health of engine processes: there are none."""
+
+        engine_dead = False
+
+    def __init__(
+        self,
+        bus: Bus,
+        member_id: str,
+        api: str,
+        salts: Mapping[str, bytes],
+        metrics: GatewayMetrics,
+        *,
+        deadline_s: float = 600.0,
+    ) -> None:
+        self.channel = Channel(
+            bus, member_id, api, metrics, on_arrivals=self._arrive, on_failure=self._fail, deadline_s=deadline_s
+        )
+        self._salts = salts
+        # Arrays of any size inline: a request is one buffer.
+        self._encoder = MsgpackEncoder(size_threshold=1 << 62)
+        self._outputs = VllmOutputs()
+        self._queue: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+        self._callers: dict[str, Caller] = {}
+        self._processor: OutputProcessor | None = None
+
+    def attach(self, processor: OutputProcessor) -> None:
+        """``processor`` holds what ``AsyncLLM`` keeps of each request."""
+        self._processor = processor
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        """Accept a request of the current caller. Raises what becomes a 400, 429 or 503."""
+        caller = current_caller.get()
+        if caller is None:
+            raise RuntimeError("a request without a caller: the gateway's middleware is missing")
+        local_id = request.request_id
+        try:
+            refuse_unsupported(request)
+            salt = request_salt(self._salts[caller.tenant], request.cache_salt)
+            codec = VllmRequestCodec(request, salt, self._encoder)
+            mode = mode_of(request.sampling_params)
+            self._callers[local_id] = caller
+            await self.channel.open(local_id, caller.tenant, caller.klass, codec, mode, caller.received_s)
+        except BaseException as error:
+            self._drop(local_id)
+            raise _http_error(caller, error) from error
+        caller.accepted = True
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self._callers.pop(request_id, None)
+        self.channel.cancel(request_ids)
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        return await self._queue.get()
+
+    async def get_supported_tasks_async(self) -> tuple[str, ...]:
+        return ("generate",)
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Nothing to do: the gateway stops the channel, on its event loop."""
+
+    def _arrive(self, arrivals: list[Arrival]) -> None:
+        for arrival in arrivals:
+            if arrival.reason is not None:
+                self._callers.pop(arrival.local_id, None)
+        self._queue.put_nowait(EngineCoreOutputs(outputs=[self._outputs.output(arrival) for arrival in arrivals]))
+
+    def _fail(self, call: Call, fail: Fail) -> None:
+        status, kind = _FAILURES.get(fail.code, _INTERNAL)
+        failure = Failure(status, kind, f"the request {fail.message}" if kind == _INTERNAL[1] else fail.message)
+        caller = self._callers.get(call.local_id)
+        if caller is not None:
+            caller.failure = failure
+        self._end(call.local_id, RequestFailed(failure))
+
+    def _end(self, local_id: str, error: RequestFailed) -> None:
+        """Raise ``error`` from ``AsyncLLM.generate`` and stop the other choices of the same request."""
+        assert self._processor is not None
+        state = self._processor.request_states.get(local_id)
+        if state is None:
+            return
+        siblings = list(state.parent_req.child_requests) if state.parent_req is not None else []
+        state.queue.put(error)
+        stopped = self._processor.abort_requests([local_id, *siblings], internal=True)
+        for request_id in stopped:
+            self._callers.pop(request_id, None)
+        self.channel.cancel(stopped)
+
+    def _drop(self, local_id: str) -> None:
+        """``AsyncLLM`` registers a request before it adds it and keeps it if that fails."""
+        self._callers.pop(local_id, None)
+        if self._processor is not None:
+            self._processor.abort_requests([local_id], internal=True)
+
+
+def _http_error(caller: Caller, error: BaseException) -> BaseException:
+    match error:
+        case Refusal():
+            refused: BaseException = VLLMValidationError(str(error))
+            return refused
+        case QueueFull():
+            failure = Failure(HTTPStatus.TOO_MANY_REQUESTS, "RateLimitError", str(error), _RETRY_AFTER_S)
+        case BusUnavailable():
+            message = f"the request queue is unavailable: {error}"
+            failure = Failure(HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError", message, _RETRY_AFTER_S)
+        case _:
+            return error
+    caller.failure = failure
+    return RequestFailed(failure)

@@ -1,0 +1,198 @@
+"""The gateway role: serves the OpenAI API for one deployment, from a bus that somebody else connected."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+
+from llmserve.bus.base import Bus, Subscription
+from llmserve.bus.messages import Heartbeat, Role
+from llmserve.gateway.caller import DEFAULT_TENANT, cache_salts
+from llmserve.gateway.identity import ApiKeys
+from llmserve.gateway.log import quiet_expected_failures
+from llmserve.gateway.metrics import GatewayMetrics
+from llmserve.gateway.middleware import GatewayMiddleware
+from llmserve.gateway.readiness import Readiness, needed_roles
+from llmserve.gateway.vllm_app import VllmApp, build_vllm_app, prepare_environment
+from llmserve.manifests.schema import ApiKey, Manifest
+
+if TYPE_CHECKING:
+    from llmserve.gateway.engine_client import BusEngineClient
+
+log = logging.getLogger(__name__)
+
+_BEAT_S = 1.0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn as a part of a larger process: signals belong to the process."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Gateway:
+    """``start`` builds the server and binds the port, ``serve`` runs until ``stop``."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        bus: Bus,
+        member_id: str,
+        registry: CollectorRegistry,
+        *,
+        deadline_s: float = 600.0,
+        drain_s: float = 5.0,
+        host: str | None = None,
+        port: int | None = None,
+    ) -> None:
+        """``deadline_s``: longest wait of a request for its next token; ``drain_s``: for open responses at the stop.
+
+        ``host`` and ``port`` override the manifest's.
+        """
+        self._manifest = manifest
+        self._bus = bus
+        self._member_id = member_id
+        self._metrics = GatewayMetrics(registry)
+        self._deadline_s = deadline_s
+        self._drain_s = drain_s
+        self._host = manifest.spec.gateway.host if host is None else host
+        self._port = manifest.spec.gateway.port if port is None else port
+        self._readiness = Readiness(needed_roles(manifest))
+        self._heartbeats: Subscription | None = None
+        self._beating: asyncio.Task[None] | None = None
+        self._vllm: VllmApp | None = None
+        self._socket: socket.socket | None = None
+        self._server: _Server | None = None
+        self._served = asyncio.Event()
+
+    @property
+    def url(self) -> str:
+        """Of the API, known after ``start``."""
+        assert self._socket is not None
+        host, port = self._socket.getsockname()[:2]
+        return f"http://{host}:{port}"
+
+    async def start(self) -> None:
+        """Build the server, listen on the bus and bind the port. Raises ``OSError`` if the port is taken."""
+        begun_s = time.monotonic()
+        self._socket = _bind(self._host, self._port)
+        self.app = await self.build()
+        config = uvicorn.Config(
+            self.app,
+            loop="none",
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=max(1, round(self._drain_s)),
+        )
+        self._server = _Server(config)
+        log.info("gateway built in %.1f s, serving on %s", time.monotonic() - begun_s, self.url)
+
+    async def build(self) -> GatewayMiddleware:
+        """The ASGI application alone, its channel running: what ``start`` puts behind a socket."""
+        # Imports vLLM: seconds of work, and only for those who serve.
+        prepare_environment()
+        client_class = await asyncio.to_thread(self._import_client)
+        self._client = client_class(
+            self._bus, self._member_id, engine_api(), self._salts(), self._metrics, deadline_s=self._deadline_s
+        )
+        self._vllm = await build_vllm_app(self._manifest, self._client)
+        quiet_expected_failures()
+        await self._client.channel.start()
+        self._heartbeats = await self._bus.subscribe(self._bus.subjects.heartbeats, self._readiness.hear)
+        self._beating = asyncio.get_running_loop().create_task(self._beat_forever())
+        security, gateway = self._manifest.spec.security, self._manifest.spec.gateway
+        return GatewayMiddleware(
+            self._vllm.app,
+            ApiKeys(security.api_keys),
+            self._readiness,
+            self._metrics,
+            max_body_bytes=gateway.max_body_kb * 1024,
+        )
+
+    async def serve(self) -> None:
+        """Answer requests until ``stop`` is called."""
+        assert self._server is not None
+        assert self._socket is not None
+        try:
+            await self._server.serve(sockets=[self._socket])
+        finally:
+            self._served.set()
+
+    async def stop(self) -> None:
+        """Let open responses end within ``drain_s``, cancel the rest, and leave the deployment."""
+        if self._server is not None and self._server.started:
+            self._server.should_exit = True
+            with contextlib.suppress(TimeoutError):
+                # uvicorn cancels what is still open after its own, shorter timeout.
+                await asyncio.wait_for(self._served.wait(), self._drain_s + 2.0)
+        if self._socket is not None:
+            self._socket.close()
+        if self._vllm is not None:
+            await self._client.channel.stop()
+            self._vllm.close()
+        if self._beating is not None:
+            self._beating.cancel()
+            self._beat(leaving=True)
+        if self._heartbeats is not None:
+            await self._heartbeats.unsubscribe()
+
+    def _import_client(self) -> type[BusEngineClient]:
+        from llmserve.gateway.engine_client import BusEngineClient
+
+        return BusEngineClient
+
+    def _salts(self) -> dict[str, bytes]:
+        security = self._manifest.spec.security
+        tenants = {DEFAULT_TENANT, *self._manifest.spec.scheduling.fair_share.tenants}
+        tenants |= {key.tenant for key in security.api_keys if isinstance(key, ApiKey)}
+        return cache_salts(self._manifest.metadata.name, sorted(tenants), security.cache_sharing)
+
+    async def _beat_forever(self) -> None:
+        while True:
+            self._beat()
+            await asyncio.sleep(_BEAT_S)
+
+    def _beat(self, *, leaving: bool = False) -> None:
+        beat = Heartbeat(
+            member=self._member_id, role=Role.GATEWAY, host=socket.gethostname(), pid=os.getpid(), leaving=leaving
+        )
+        self._bus.publish(self._bus.subjects.heartbeats, beat)
+
+
+def engine_api() -> str:
+    """Engine API of the bodies that this gateway writes, such as ``vllm-0.32.0``."""
+    from vllm import __version__
+
+    return f"vllm-{__version__.partition('+')[0]}"
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = infos[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Accepted connections inherit it: a token must not wait for the acknowledgement of the one before.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    return listener

@@ -1,0 +1,95 @@
+"""The gateway's Prometheus metrics: base units, names ``llmserve_*``."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+_INTER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
+_TOKENS_PER_S = (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 500, 1000)
+
+
+class GatewayMetrics:
+    """Metrics of one gateway on ``registry``."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        tenant = ["tenant"]
+        self.ttft = Histogram(
+            "llmserve_time_to_first_token_seconds",
+            "From the client's request to its first token",
+            tenant,
+            registry=registry,
+            buckets=_LATENCY_S,
+        )
+        self.inter_token = Histogram(
+            "llmserve_inter_token_latency_seconds",
+            "Between tokens of one request, per token",
+            tenant,
+            registry=registry,
+            buckets=_INTER_TOKEN_S,
+        )
+        self.decode_rate = Histogram(
+            "llmserve_decode_tokens_per_second",
+            "Output tokens behind the first over the time they took, of one request",
+            tenant,
+            registry=registry,
+            buckets=_TOKENS_PER_S,
+        )
+        self.end_to_end = Histogram(
+            "llmserve_request_duration_seconds",
+            "From the client's request to the end of the response",
+            tenant,
+            registry=registry,
+            buckets=_LATENCY_S,
+        )
+        self.requests = Counter(
+            "llmserve_requests",
+            "API requests by outcome (ok, client_error, refused, error, disconnected)",
+            ["tenant", "outcome", "status"],
+            registry=registry,
+        )
+        self.prompt_tokens = Counter("llmserve_prompt_tokens", "Prompt tokens accepted", tenant, registry=registry)
+        self.output_tokens = Counter("llmserve_output_tokens", "Output tokens received", tenant, registry=registry)
+        self.cached_tokens = Counter(
+            "llmserve_cached_prompt_tokens", "Prompt tokens that were not computed", tenant, registry=registry
+        )
+        self.attempts = Counter(
+            "llmserve_attempts_repeated",
+            "Attempts after the first, by what becomes of the tokens delivered (resume, replay, once)",
+            ["mode"],
+            registry=registry,
+        )
+        self.attempts_failed = Counter(
+            "llmserve_requests_failed", "Accepted requests that ended in an error", ["code"], registry=registry
+        )
+        self.stale_deltas = Counter(
+            "llmserve_deltas_dropped",
+            "Deltas that were known, of an older attempt, or of no request",
+            registry=registry,
+        )
+        self.open_requests = Gauge("llmserve_open_requests", "API requests being answered", registry=registry)
+
+    def accepted(self, tenant: str, prompt_tokens: int) -> None:
+        self.prompt_tokens.labels(tenant).inc(prompt_tokens)
+
+    def first_tokens(self, tenant: str, ttft_s: float, tokens: int, cached_tokens: int) -> None:
+        self.ttft.labels(tenant).observe(ttft_s)
+        self.output_tokens.labels(tenant).inc(tokens)
+        if cached_tokens:
+            self.cached_tokens.labels(tenant).inc(cached_tokens)
+
+    def next_tokens(self, tenant: str, waited_s: float, tokens: int) -> None:
+        self.inter_token.labels(tenant).observe(waited_s / tokens)
+        self.output_tokens.labels(tenant).inc(tokens)
+
+    def ended(self, tenant: str, output_tokens: int, first_token_s: float | None, now_s: float) -> None:
+        if output_tokens > 1 and first_token_s is not None and now_s > first_token_s:
+            self.decode_rate.labels(tenant).observe((output_tokens - 1) / (now_s - first_token_s))
+
+    def resubmitted(self, mode: str) -> None:
+        self.attempts.labels(mode).inc()
+
+    def answered(self, tenant: str, outcome: str, status: int, duration_s: float) -> None:
+        """``status`` 0: no response was started."""
+        self.requests.labels(tenant, outcome, str(status)).inc()
+        self.end_to_end.labels(tenant).observe(duration_s)
