@@ -1,0 +1,213 @@
+"""The connector class that vLLM loads: ``LLMServeConnector``. It only sorts calls to its two halves."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
+)
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from llmserve.kvstore.transfer import EngineOptions, make_engine
+from llmserve.kvstore.transfer.base import Place, Region
+from llmserve.kvstore.transfer.pacing import TokenBucket
+from llmserve.workers.connector import layout
+from llmserve.workers.connector.leases import LeaseTable
+from llmserve.workers.connector.meta import RankMeta, StepMeta, TransferStats
+from llmserve.workers.connector.scheduler import SchedulerSettings, SchedulerSide
+from llmserve.workers.connector.wire import RankPages, encode, rank_key
+from llmserve.workers.connector.worker import WorkerSide
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+_BURST_S = 0.1
+"""Seconds at the full rate that may pass at once."""
+
+
+class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):
+    """Hands KV pages from a prefill engine to a decode engine; see ``docs/handoff.md``.
+
+    ``kv_connector_extra_config``: ``lease_s``, ``timeout_s``, ``engine_order``, ``model_id``, ``io_bytes_s`` (None is
+    no bound) and ``held_poll_s``, the pause between polls of an engine that only holds pages.
+    """
+
+    _cache_hit_source = CacheHitSource.P2P
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._extra: dict[str, Any] = self._kv_transfer_config.kv_connector_extra_config
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        self._rank_meta: RankMeta | None = None
+        self.page_bytes = 0
+        """Of this rank, over all its layers; known once the caches are registered."""
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = SchedulerSide(self._settings())
+
+    def _settings(self) -> SchedulerSettings:
+        groups = layout.handed_over_groups(self._kv_cache_config)
+        specs = [self._kv_cache_config.kv_cache_groups[g].kv_cache_spec for g in groups]
+        parallel = self._vllm_config.parallel_config
+        return SchedulerSettings(
+            engine_id=self._kv_transfer_config.engine_id,
+            lease_s=self._extra["lease_s"],
+            tp=parallel.tensor_parallel_size,
+            pp=parallel.pipeline_parallel_size,
+            groups=groups,
+            page_tokens=tuple(spec.block_size for spec in specs),
+            slots=self._kv_cache_config.num_blocks,
+        )
+
+    @property
+    def scheduler_side(self) -> SchedulerSide:
+        assert self._scheduler is not None
+        return self._scheduler
+
+    @property
+    def worker_side(self) -> WorkerSide:
+        assert self._worker is not None
+        return self._worker
+
+    @property
+    def fingerprint(self) -> str:
+        """Of this rank's pages; known once the caches are registered."""
+        return self._rank_meta.fingerprint if self._rank_meta else ""
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        # One page of a layer is then one run of bytes. Latent attention has a single layout.
+        model = vllm_config.model_config
+        return None if model is None or model.use_mla else "LBHNC"
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        return TransferStats(data)
+
+    # -- scheduler ----------------------------------------------------------------------------------------------
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        self.scheduler_side.set_ranks({rank: m for rank, m in metadata.items() if isinstance(m, RankMeta)})
+
+    def on_new_request(self, request: Request) -> None:
+        self.scheduler_side.on_new_request(request)
+
+    def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:
+        return layout.handed_over_groups(self._kv_cache_config)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return self.scheduler_side.matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        self.scheduler_side.allocated(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        return self.scheduler_side.take_meta(idle=scheduler_output.total_num_scheduled_tokens == 0)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        self.scheduler_side.on_output(connector_output)
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        from vllm.v1.request import RequestStatus
+
+        hold = request.status == RequestStatus.FINISHED_LENGTH_CAPPED
+        return self.scheduler_side.finished(request, block_ids, hold=hold)
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def has_pending_push_work(self) -> bool:
+        # Read by the engine's loop: a step is due although no request is left.
+        return self._scheduler is not None and self._scheduler.has_work()
+
+    # -- worker -------------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
+
+        config = self._kv_cache_config
+        groups = [config.kv_cache_groups[g] for g in layout.handed_over_groups(config)]
+        names = [layout.target_layers(group.layer_names) for group in groups]
+        strips = [[layout.strip_of(n, kv_caches[n], config.num_blocks) for n in layers] for layers in names]
+        self.page_bytes = sum(strip.page_bytes for layers in strips for strip in layers)
+        sample = kv_caches[names[0][0]]
+        on_cpu = sample.device.type == "cpu"
+        place = Place(None if on_cpu else sample.device.index or 0)
+        engine = make_engine(self._extra["engine_order"], EngineOptions(gpu=not on_cpu))
+        table, fence = LeaseTable(config.num_blocks), WorkerSide.fence_table()
+        engine.register(layout.regions_of({n: kv_caches[n] for layers in names for n in layers}, place))
+        engine.register([Region(t.address, t.size_bytes, Place()) for t in (table, fence)])
+        self._worker = WorkerSide(
+            engine,
+            strips=strips,
+            place=place,
+            table=table,
+            fence=fence,
+            rank=rank_key(get_pp_group().rank_in_group, get_tensor_model_parallel_rank()),
+            timeout_s=self._extra["timeout_s"],
+            bucket=self._bucket(),
+        )
+        tuples = [[(s.base, s.stride_bytes, s.page_bytes) for s in layers] for layers in strips]
+        pages = RankPages(engine.name, engine.describe(), place.gpu, tuples, table.address)
+        kind = layout.fingerprint(self._vllm_config, self._extra["model_id"], sample.shape[1:], on_cpu=on_cpu)
+        self._rank_meta = RankMeta(kind, encode(pages))
+
+    def _bucket(self) -> TokenBucket:
+        rate = self._extra.get("io_bytes_s") or math.inf
+        return TokenBucket(rate, max(rate * _BURST_S, 1.0), time.monotonic())
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        return self._rank_meta
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        meta = self._get_connector_metadata()
+        assert isinstance(meta, StepMeta)
+        self.worker_side.begin(meta)
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        meta = self._get_connector_metadata()
+        assert isinstance(meta, StepMeta)
+        results = self.worker_side.advance()
+        if meta.idle and not results.sent and self.worker_side.only_waits:
+            # vLLM steps an engine that only holds pages a thousand times a second.
+            time.sleep(self._extra["held_poll_s"])
+        return KVConnectorTransferResults(results.sent, results.received, results.failed)
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        if self._scheduler is not None:
+            return self._scheduler.take_stats()
+        return self._worker.take_stats() if self._worker is not None else None
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are asynchronous: a request is not run before its pages are here."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Pages are read by the consumer."""
+
+    def wait_for_save(self) -> None:
+        """See ``save_kv_layer``."""
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None

@@ -1,0 +1,80 @@
+"""What the two halves of the connector tell each other, and the engine's front, each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+
+from llmserve.workers.connector.wire import Handoff
+
+
+@dataclass(frozen=True, slots=True)
+class RankMeta(KVConnectorHandshakeMetadata):
+    """A worker to the scheduler, once at start."""
+
+    fingerprint: str
+    pages: bytes
+    """Encoded ``RankPages``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """Pages to be read for one request."""
+
+    handoff: Handoff
+    local: list[list[int]]
+    """Own page numbers by group."""
+    remote: list[list[int]]
+    arrived_s: float
+    """Monotonic time at which the request came; its lease is at least that old."""
+    refusal: str = ""
+    """Why it cannot be read: to be reported as failed."""
+
+
+@dataclass(slots=True)
+class StepMeta(KVConnectorMetadata):
+    """Scheduler to workers, each step."""
+
+    disarm: list[int] = field(default_factory=list)
+    """Slots to be zeroed; before ``arm``, which may reuse them."""
+    arm: list[tuple[int, int]] = field(default_factory=list)
+    """(slot, token): written before the step's outputs, one of which may publish the token, leave the worker."""
+    hold: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """Request -> (slot, lease in seconds)."""
+    release: list[str] = field(default_factory=list)
+    pull: dict[str, Pull] = field(default_factory=dict)
+    dismiss: list[Handoff] = field(default_factory=list)
+    """Handoffs that are not read: the producer is told so."""
+    failures: list[str] = field(default_factory=list)
+    """Kinds of failure of handoffs that were declined without a pull."""
+    idle: bool = False
+    """Nothing is computed in this step."""
+
+
+class TransferStats(KVConnectorStats):
+    """Finished transfers ``[engine, direction, bytes, seconds, failure]`` and requests whose held pages are free."""
+
+    def __init__(self, data: dict[str, Any] | None = None) -> None:
+        super().__init__(data if data else {})
+        self.data.setdefault("transfers", [])
+        self.data.setdefault("released", [])
+
+    def reset(self) -> None:
+        self.data = {"transfers": [], "released": []}
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        return TransferStats({key: [*self.data[key], *other.data.get(key, [])] for key in self.data})
+
+    def reduce(self) -> dict[str, int | float]:
+        moved = [t for t in self.data["transfers"] if not t[4]]
+        return {
+            "transfers": len(moved),
+            "failed transfers": len(self.data["transfers"]) - len(moved),
+            "MB": sum(t[2] for t in moved) / 1e6,
+        }
+
+    def is_empty(self) -> bool:
+        return not any(self.data.values())

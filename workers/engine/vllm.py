@@ -1,0 +1,210 @@
+"""``VllmEngine``: one vLLM engine core, tokens only."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import uuid
+from typing import TYPE_CHECKING
+
+from llmserve.bus.messages import Reason, Role
+from llmserve.manifests.schema import Manifest
+from llmserve.workers.engine import shm
+from llmserve.workers.engine.base import (
+    Engine,
+    EngineDied,
+    EngineError,
+    EngineInfo,
+    EngineLoad,
+    EngineOutput,
+    Step,
+    Work,
+)
+from llmserve.workers.engine.vllm_config import VllmOptions, apply_environment, build_config
+from llmserve.workers.engine.vllm_core import Core, Pages
+from llmserve.workers.engine.vllm_outputs import Entry, OutputReader, load_of, released_of, transfers_of
+from llmserve.workers.engine.vllm_process import ProcessCore
+from llmserve.workers.engine.vllm_requests import Limits, RequestStager, release_request
+from llmserve.workers.engine.vllm_thread import ThreadCore
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.engine import EngineCoreOutputs
+
+logger = logging.getLogger(__name__)
+
+_ABORTED_KEPT = 4096
+"""Aborted requests whose late outputs are still recognised."""
+
+
+class VllmEngine(Engine):
+    """One model replica in vLLM; ``role`` decides whether it hands KV pages over, takes them, or neither."""
+
+    def __init__(self, manifest: Manifest, role: Role, options: VllmOptions) -> None:
+        self._manifest = manifest
+        self._role = role
+        self._options = options
+        self._core: Core | None = None
+        self._stager: RequestStager | None = None
+        self._reader: OutputReader | None = None
+        self._numbers = itertools.count()
+        self._entries: dict[str, Entry] = {}
+        """By id in the core: running work."""
+        self._core_ids: dict[str, str] = {}
+        """Work id -> id in the core, while it runs or its pages are held. A core id is never used twice, since the
+        core may still hold pages of an aborted request."""
+        self._held: dict[str, str] = {}
+        """Id in the core -> work id: prefills whose pages are held."""
+        self._aborted: dict[str, Entry] = {}
+        self._steps: asyncio.Queue[Step] = asyncio.Queue()
+        self._died: EngineDied | None = None
+        self._load = EngineLoad()
+        self._pages_total = 0
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    async def start(self) -> EngineInfo:
+        engine_id = f"{self._role}-{uuid.uuid4().hex}"
+        config = await asyncio.to_thread(self._prepare, engine_id)
+        thread = self._options.mode == "thread"
+        self._core = ThreadCore(config, self._options.threads) if thread else ProcessCore(config)
+        pages = await self._core.start(self._sink)
+        model = config.model_config
+        self._stager = RequestStager(Limits(model.max_model_len, model.get_vocab_size()))
+        self._reader = OutputReader()
+        self._pages_total = pages.total
+        self._load = EngineLoad(pages_free=pages.total)
+        return _info(config, pages)
+
+    def _prepare(self, engine_id: str) -> VllmConfig:
+        apply_environment(self._manifest, self._options)
+        shm.sweep()
+        return build_config(self._manifest, self._role, self._options, engine_id)
+
+    async def close(self) -> None:
+        core, self._core = self._core, None
+        if core is not None:
+            await core.close()
+        self._die("the engine is closed")
+
+    def _die(self, why: str) -> None:
+        if self._died is None:
+            self._died = EngineDied(why)
+            self._steps.put_nowait(Step())
+
+    # -- orders -------------------------------------------------------------------------------------------------
+
+    def submit(self, work: Work) -> None:
+        if self._core is None or self._stager is None or self._died is not None:
+            raise EngineDied("the engine does not run")
+        if work.work_id in self._core_ids:
+            raise EngineError(f"work {work.work_id} is here already")
+        core_id = f"{work.work_id}.{next(self._numbers)}"
+        staged = self._stager.stage(work, core_id)
+        self._entries[core_id] = Entry(
+            work_id=work.work_id,
+            holds=staged.holds,
+            whole_output=work.whole_output,
+            first_tokens=0 if work.whole_output else len(work.first_tokens),
+            cached_tokens=staged.cached_tokens,
+        )
+        self._core_ids[work.work_id] = core_id
+        self._core.add(staged.request)
+
+    def abort(self, work_ids: list[str]) -> None:
+        core_ids = [self._core_ids[w] for w in dict.fromkeys(work_ids) if w in self._core_ids]
+        running = [core_id for core_id in core_ids if core_id in self._entries]
+        for core_id in running:
+            entry = self._entries.pop(core_id)
+            del self._core_ids[entry.work_id]
+            self._aborted[core_id] = entry
+        while len(self._aborted) > _ABORTED_KEPT:
+            del self._aborted[next(iter(self._aborted))]
+        self._release([core_id for core_id in core_ids if core_id in self._held])
+        if running and self._core is not None:
+            self._core.abort(running)
+            cancelled = [EngineOutput(self._aborted[c].work_id, [], Reason.CANCELLED) for c in running]
+            self._steps.put_nowait(Step(outputs=cancelled))
+
+    def _release(self, held_ids: list[str]) -> None:
+        if held_ids and self._core is not None:
+            self._core.add(release_request(f"release.{next(self._numbers)}", held_ids))
+
+    # -- steps --------------------------------------------------------------------------------------------------
+
+    async def step(self) -> Step:
+        while True:
+            if self._died is not None and self._steps.empty():
+                raise self._died
+            step = await self._steps.get()
+            if _says_something(step):
+                return step
+
+    def load(self) -> EngineLoad:
+        return self._load
+
+    def _sink(self, outputs: EngineCoreOutputs | Exception) -> None:
+        if isinstance(outputs, Exception):
+            self._die(f"the engine core is gone: {' '.join(str(outputs).split()) or type(outputs).__name__}")
+            return
+        step = Step(outputs=self._read(outputs))
+        if (stats := outputs.scheduler_stats) is not None:
+            self._load = load_of(stats, self._pages_total)
+            step.transfers.extend(transfers_of(stats))
+            step.released.extend(self._released(released_of(stats)))
+        if _says_something(step):
+            computed = sum(output.computed_tokens or 0 for output in step.outputs)
+            self._steps.put_nowait(Step(step.outputs, step.released, step.transfers, computed))
+
+    def _read(self, outputs: EngineCoreOutputs) -> list[EngineOutput]:
+        assert self._reader is not None
+        read: list[EngineOutput] = []
+        late: list[str] = []
+        for output in outputs.outputs:
+            core_id = output.request_id
+            entry = self._entries.get(core_id)
+            if entry is None:
+                aborted = self._aborted.pop(core_id, None) if output.finished else None
+                if aborted is not None and aborted.holds:
+                    # It ended before the abort arrived, so that the core took no notice of it.
+                    late.append(core_id)
+                continue
+            result = self._reader.read(output, entry)
+            read.append(result)
+            if result.handoff:
+                del self._entries[core_id]
+                self._held[core_id] = entry.work_id
+            elif result.reason is not None:
+                del self._entries[core_id]
+                del self._core_ids[entry.work_id]
+        self._release(late)
+        return read
+
+    def _released(self, core_ids: list[str]) -> list[str]:
+        released = []
+        for core_id in core_ids:
+            work_id = self._held.pop(core_id, None)
+            if work_id is not None:
+                del self._core_ids[work_id]
+                released.append(work_id)
+        return released
+
+
+def _says_something(step: Step) -> bool:
+    return bool(step.outputs or step.released or step.transfers)
+
+
+def _info(config: VllmConfig, pages: Pages) -> EngineInfo:
+    from vllm import __version__
+
+    return EngineInfo(
+        api=f"vllm-{__version__}",
+        fingerprint=pages.fingerprint,
+        max_model_len=config.model_config.max_model_len,
+        slots=config.scheduler_config.max_num_seqs,
+        step_tokens=config.scheduler_config.max_num_batched_tokens,
+        pages_total=pages.total,
+        page_tokens=pages.tokens,
+        page_bytes=pages.size_bytes,
+    )

@@ -1,0 +1,56 @@
+"""Where the engine core runs, behind one small interface."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+
+    Sink: TypeAlias = Callable[[EngineCoreOutputs | Exception], None]
+    """Called in the event loop with each step's outputs, and once with the exception that ended the core."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """What a started core says of its KV pages."""
+
+    total: int
+    """Without the one that vLLM keeps as a placeholder."""
+    tokens: int
+    size_bytes: int
+    """Of one page over all layers and ranks."""
+    fingerprint: str
+
+
+class Core(ABC):
+    """One engine core; its methods are called from the event loop."""
+
+    @abstractmethod
+    async def start(self, sink: Sink) -> Pages:
+        """Load the model. Raises ``EngineError``."""
+
+    @abstractmethod
+    def add(self, request: EngineCoreRequest) -> None: ...
+
+    @abstractmethod
+    def abort(self, core_ids: list[str]) -> None: ...
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End it within seconds; never raises."""
+
+
+def pages_of(blocks: int, block_tokens: int, ranks: list[tuple[str, int]]) -> Pages:
+    """From the answers of all ranks to ``llmserve_pages``."""
+    return Pages(blocks - 1, block_tokens, sum(size for _, size in ranks), ranks[0][0])
+
+
+def refused(core_id: str) -> EngineCoreOutputs:
+    """The output of a request that the core could not even queue."""
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+
+    return EngineCoreOutputs(outputs=[EngineCoreOutput(core_id, [], finish_reason=FinishReason.ERROR)])

@@ -1,0 +1,144 @@
+"""From the engine core's outputs to ours. No I/O.
+
+``extra`` of an output is vLLM's own ``EngineCoreOutput``: a gateway reads it with
+``MsgpackDecoder(EngineCoreOutput).decode(frames.unpack(extra))``. Its ``request_id`` is the work id.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from llmserve.bus import frames
+from llmserve.bus.messages import Reason
+from llmserve.workers.connector.wire import HANDOFF, decode_handoff, encode
+from llmserve.workers.engine.base import EngineLoad, EngineOutput, Transfer
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.metrics.stats import SchedulerStats
+
+
+@dataclass(slots=True)
+class Entry:
+    """One piece of work inside the engine core."""
+
+    work_id: str
+    holds: bool
+    """Prefill whose pages are to be handed over."""
+    whole_output: bool
+    first_tokens: int
+    """Tokens of the prompt that a prefill worker sampled."""
+    cached_tokens: int | None
+    """What the prefill worker found in its cache; None if it was not asked."""
+    at_first: bool = True
+
+
+class OutputReader:
+    """Translates outputs; keeps nothing but its encoder."""
+
+    def __init__(self) -> None:
+        from vllm.v1.serial_utils import MsgpackEncoder
+
+        self._encoder = MsgpackEncoder()
+
+    def read(self, output: EngineCoreOutput, entry: Entry) -> EngineOutput:
+        """The output of ``entry``; changes ``output``."""
+        computed, cached = self._prefilled(output, entry)
+        data = (output.kv_transfer_params or {}).get(HANDOFF) if entry.holds else None
+        if data is not None:
+            return self._handed_off(output, entry, data, computed, cached)
+        reason, error = _reason(output)
+        if entry.holds and reason is Reason.LENGTH:
+            # Only its last token may end a prefill so, and that one would not have been asked to hold its pages.
+            reason, error = Reason.ERROR, "the pages of the prefill could not be held"
+        repeated = output.finish_reason is not None and str(output.finish_reason) == "repetition"
+        return EngineOutput(
+            work_id=entry.work_id,
+            tokens=output.new_token_ids,
+            reason=reason,
+            stop_reason="repetition" if repeated else output.stop_reason,
+            cached_tokens=cached,
+            computed_tokens=computed,
+            extra=self._extra(output, entry),
+            error=error,
+        )
+
+    def _handed_off(
+        self, output: EngineCoreOutput, entry: Entry, data: bytes, computed: int | None, cached: int | None
+    ) -> EngineOutput:
+        handoff = msgspec.structs.replace(decode_handoff(data), cached_tokens=cached or 0)
+        output.finish_reason = None
+        output.stop_reason = None
+        return EngineOutput(
+            work_id=entry.work_id,
+            tokens=[] if entry.whole_output else output.new_token_ids,
+            cached_tokens=cached,
+            computed_tokens=computed,
+            extra=b"" if entry.whole_output else self._extra(output, entry),
+            handoff=encode(handoff),
+            pages=sum(len(group) for group in handoff.pages),
+        )
+
+    @staticmethod
+    def _prefilled(output: EngineCoreOutput, entry: Entry) -> tuple[int | None, int | None]:
+        """(tokens of the prompt computed, tokens found in a cache), with the first output only."""
+        stats = output.prefill_stats
+        if not entry.at_first or stats is None:
+            return None, None
+        entry.at_first = False
+        # With all tokens at hand vLLM computes the last one again, to sample from it.
+        reused = min(stats.num_cached_tokens, stats.num_prompt_tokens - 1)
+        computed = max(0, stats.num_prompt_tokens - reused - entry.first_tokens)
+        cached = entry.cached_tokens if entry.cached_tokens is not None else stats.num_cached_tokens
+        return computed, cached
+
+    def _extra(self, output: EngineCoreOutput, entry: Entry) -> bytes:
+        if output.new_logprobs is None and output.new_prompt_logprobs_tensors is None:
+            return b""
+        output.request_id = entry.work_id
+        output.kv_transfer_params = None
+        return encode_extra(output, self._encoder)
+
+
+def encode_extra(output: EngineCoreOutput, encoder: Any = None) -> bytes:
+    """All of vLLM's output in one buffer."""
+    from vllm.v1.serial_utils import MsgpackEncoder
+
+    return frames.pack((encoder or MsgpackEncoder()).encode(output))
+
+
+def decode_extra(extra: bytes) -> EngineCoreOutput:
+    """The output that ``encode_extra`` encoded. Raises ``ValueError``."""
+    from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.serial_utils import MsgpackDecoder
+
+    return MsgpackDecoder(EngineCoreOutput).decode(frames.unpack(extra))
+
+
+def load_of(stats: SchedulerStats, pages_total: int) -> EngineLoad:
+    """Where the engine stood when it made ``stats``."""
+    free = round((1 - stats.kv_cache_usage) * pages_total)
+    return EngineLoad(stats.num_running_reqs, stats.num_waiting_reqs + stats.num_skipped_waiting_reqs, free)
+
+
+def transfers_of(stats: SchedulerStats) -> list[Transfer]:
+    """Transfers of pages that ended in the step."""
+    data = stats.kv_connector_stats or {}
+    return [Transfer(*transfer) for transfer in data.get("transfers", ())]
+
+
+def released_of(stats: SchedulerStats) -> list[str]:
+    """Ids in the core whose held pages became free in the step."""
+    return list((stats.kv_connector_stats or {}).get("released", ()))
+
+
+def _reason(output: EngineCoreOutput) -> tuple[Reason | None, str]:
+    if output.finish_reason is None:
+        return None, ""
+    kind = str(output.finish_reason)
+    if kind == "error":
+        return Reason.ERROR, "the engine core ended the request with an error"
+    return {"stop": Reason.STOP, "repetition": Reason.STOP, "length": Reason.LENGTH}.get(kind, Reason.CANCELLED), ""
