@@ -51,10 +51,13 @@ class ModelShape:
     """Of one weight, and of one KV value unless the manifest says otherwise."""
     max_position_embeddings: int
     """Tokens of prompt and output together that the model was made for."""
+    weight_bytes: int = 0
+    """Of the weight files; 0 if there are none of a kind that is known."""
 
-    def token_bytes(self, kv_value_bytes: int) -> int:
+    @property
+    def token_bytes(self) -> int:
         """KV bytes of one token over all layers, keys and values."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * kv_value_bytes
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype_bytes
 
 
 def resolve_model(model_id: str, cache_dir: Path | None = None) -> ModelFiles:
@@ -182,4 +185,19 @@ def model_shape(path: str | Path) -> ModelShape:
         head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
         dtype_bytes=_DTYPE_BYTES.get(config.dtype or config.torch_dtype or "", 2),
         max_position_embeddings=config.max_position_embeddings,
+        weight_bytes=sum(weights.stat().st_size for weights in Path(path).glob("*.safetensors")),
     )
+
+
+def hub_folder(model_id: str) -> Path | None:
+    """Folder of a Hugging Face model that was downloaded before; no network is used."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        return None
+    try:
+        found = try_to_load_from_cache(model_id, "config.json")
+    except HFValidationError as error:
+        raise ModelError(f"model {model_id!r} is neither a folder nor a Hugging Face id: {error}") from error
+    return Path(found).parent if isinstance(found, str) else None
