@@ -127,9 +127,10 @@ class BusEngineClient(EngineCoreClient):  # type: ignore[misc]
         state = self._processor.request_states.get(local_id)
         if state is None:
             return
-        siblings = list(state.parent_req.child_requests) if state.parent_req is not None else []
+        parent = state.parent_req
+        choices = [local_id] if parent is None else sorted({local_id, *parent.child_requests})
         state.queue.put(error)
-        stopped = self._processor.abort_requests([local_id, *siblings], internal=True)
+        stopped = self._processor.abort_requests(choices, internal=True)
         for request_id in stopped:
             self._callers.pop(request_id, None)
         self.channel.cancel(stopped)

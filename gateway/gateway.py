@@ -26,6 +26,9 @@ from llmserve.gateway.vllm_app import VllmApp, build_vllm_app, prepare_environme
 from llmserve.manifests.schema import ApiKey, Manifest
 
 if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from llmserve.gateway.channel import Channel
     from llmserve.gateway.engine_client import BusEngineClient
 
 log = logging.getLogger(__name__)
@@ -82,6 +85,17 @@ class Gateway:
         assert self._socket is not None
         host, port = self._socket.getsockname()[:2]
         return f"http://{host}:{port}"
+
+    @property
+    def engine(self) -> AsyncLLM:
+        """vLLM's side of the gateway, known after ``build``."""
+        assert self._vllm is not None
+        return self._vllm.engine
+
+    @property
+    def channel(self) -> Channel:
+        """The bus's side of the gateway, known after ``build``."""
+        return self._client.channel
 
     async def start(self) -> None:
         """Build the server, listen on the bus and bind the port. Raises ``OSError`` if the port is taken."""

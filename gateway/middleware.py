@@ -7,11 +7,12 @@ import re
 import time
 import uuid
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llmserve.gateway.caller import Caller, current_caller
+from llmserve.gateway.caller import Caller, Failure, current_caller
 from llmserve.gateway.errors import error_body
 from llmserve.gateway.identity import ApiKeys
 from llmserve.gateway.metrics import GatewayMetrics
@@ -66,20 +67,19 @@ class GatewayMiddleware:
         self, scope: Scope, receive: Receive, exchange: Exchange, caller: Caller, headers: dict[bytes, bytes]
     ) -> None:
         exchange.caller = caller
-        body = _Body(receive, self._max_body_bytes)
+        body = _Body(receive, self._max_body_bytes, caller)
         token = current_caller.set(caller)
         self._metrics.open_requests.inc()
         try:
-            if _declared_bytes(headers) > self._max_body_bytes:
-                raise BodyTooLarge
+            body.check(_declared_bytes(headers))
             await self._app(scope, body.receive, exchange.send)
             await exchange.finish()
         except BodyTooLarge:
-            message = f"The body is larger than {self._max_body_bytes} bytes"
-            await exchange.refuse(413, "RequestTooLargeError", message, [(b"connection", b"close")])
-        except Exception:
-            # The server's own error handler has answered before it raised again.
-            log.error("request failed", exc_info=True)
+            await exchange.finish()
+        except Exception as error:
+            # vLLM's error handler answers, then the error goes on to whoever serves; a stream just breaks off.
+            if caller.failure is None:
+                log.error("request failed: %r", error)
             await exchange.finish()
         finally:
             self._metrics.open_requests.dec()
@@ -129,6 +129,7 @@ class Exchange:
     _held: list[Message] = field(default_factory=list)
     _begun: bool = False
     _replaced: bool = False
+    _streaming: bool = False
 
     async def send(self, message: Message) -> None:
         if self._replaced:
@@ -145,9 +146,18 @@ class Exchange:
             await self._release()
 
     async def finish(self) -> None:
-        """The application has returned."""
-        if not self._begun and not self._replaced and self._held:
-            await self._release()
+        """The application has returned or broken off."""
+        if self.complete or self._replaced:
+            return
+        failure = self.caller.failure if self.caller is not None else None
+        if not self._begun:
+            if failure is not None and self.caller is not None:
+                await self._replace(self.caller)
+            elif self._held:
+                await self._release()
+        elif failure is not None and self._streaming:
+            event = b"event: error\ndata: " + error_body(failure.status, failure.kind, failure.message) + b"\n\n"
+            await self._forward({"type": "http.response.body", "body": event, "more_body": False})
 
     async def refuse(self, status: int, kind: str, message: str, headers: list[tuple[bytes, bytes]]) -> None:
         """Answer with an error of ours, unless the response has begun."""
@@ -177,6 +187,7 @@ class Exchange:
     async def _forward(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            self._streaming = any(value.startswith(b"text/event-stream") for _, value in message["headers"])
             headers = [(name, value) for name, value in message["headers"] if name.lower() != b"x-request-id"]
             message = {**message, "headers": [*headers, (b"x-request-id", self.request_id.encode())]}
         elif message["type"] == "http.response.body" and not message.get("more_body"):
@@ -187,20 +198,28 @@ class Exchange:
 class _Body:
     """The request's body on its way in, counted."""
 
-    def __init__(self, receive: Receive, max_bytes: int) -> None:
+    def __init__(self, receive: Receive, max_bytes: int, caller: Caller) -> None:
         self._receive = receive
-        self._left_bytes = max_bytes
+        self._max_bytes = max_bytes
+        self._caller = caller
+        self._read_bytes = 0
         self.disconnected = False
 
     async def receive(self) -> Message:
         message = await self._receive()
         if message["type"] == "http.request":
-            self._left_bytes -= len(message.get("body", b""))
-            if self._left_bytes < 0:
-                raise BodyTooLarge
+            self._read_bytes += len(message.get("body", b""))
+            self.check(self._read_bytes)
         elif message["type"] == "http.disconnect":
             self.disconnected = True
         return message
+
+    def check(self, size_bytes: int) -> None:
+        """Raise ``BodyTooLarge`` and note the failure: FastAPI makes a 400 of whatever a body raises."""
+        if size_bytes > self._max_bytes:
+            text = f"The body is larger than {self._max_bytes} bytes"
+            self._caller.failure = Failure(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "RequestTooLargeError", text)
+            raise BodyTooLarge
 
 
 def _start(status: int, headers: list[tuple[bytes, bytes]], body_bytes: int) -> Message:
@@ -223,6 +242,6 @@ def _outcome(status: int, caller: Caller, disconnected: bool) -> str:
         return "disconnected"
     if status in (429, 503):
         return "refused"
-    if status >= 500 or status == 0 or caller.failure is not None:
-        return "error"
-    return "client_error" if status >= 400 else "ok"
+    if 400 <= status < 500:
+        return "client_error"
+    return "ok" if 200 <= status < 400 and caller.failure is None else "error"
