@@ -127,7 +127,7 @@ class EmbeddedServer:
         self._await_ready()
 
     async def supervise(self) -> None:
-        """Restart it whenever it dies, until cancelled or stopped; pauses grow to 2 s while it keeps dying at once."""
+        """Restart it whenever it dies, until cancelled or stopped; pauses grow to 2 s if it keeps dying."""
         pause_s = 0.0
         while (process := self._process) is not None:
             began = time.monotonic()
@@ -143,12 +143,12 @@ class EmbeddedServer:
             await asyncio.sleep(pause_s)
             if self._process is not process:
                 continue
-            self._launch(find_binary())
             self.restarts += 1
             try:
+                self._launch(find_binary())
                 await asyncio.to_thread(self._await_ready)
-            except ServerError as error:
-                logger.error("nats-server is not ready after a restart: %s", error)
+            except (ServerError, OSError) as error:
+                logger.error("nats-server could not be restarted, trying again: %s", error)
 
     def _known_endpoint(self) -> Endpoint:
         if self._endpoint is None:

@@ -1,0 +1,116 @@
+"""Making and ending nats-py clients, with the settings that its traps call for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import nats
+import nats.errors
+
+from llmserve.bus.base import BusError
+from llmserve.bus.inbox import Reply
+from llmserve.bus.settings import BusCounters
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+    from nats.aio.subscription import Subscription as ClientSubscription
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Where to connect, and as whom."""
+
+    url: str
+    token: str | None
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Callbacks:
+    """What a client reports about its connection; each gets the client."""
+
+    down: Callable[[Client], None]
+    up: Callable[[Client], None]
+    closed: Callable[[Client], None]
+    error: Callable[[Exception], Awaitable[None]]
+
+
+class RawSubscription:
+    """A subscription that outlives the client object it runs on."""
+
+    def __init__(self, subject: str, callback: Callable[[Reply], None], counters: BusCounters) -> None:
+        self._counters = counters
+        self.subject = subject
+        self.callback = callback
+        self.on_client: ClientSubscription | None = None
+
+    async def receive(self, message: Reply) -> None:
+        """What the client calls; an error of the callback is logged and counted, never the client's."""
+        try:
+            self.callback(message)
+        except Exception:
+            self._counters.handler_errors += 1
+            logger.exception("a handler failed on a message of %s", self.subject)
+
+
+async def open_client(server: Server, callbacks: Callbacks, reconnect_wait_s: float, timeout_s: float) -> Client:
+    """A connected client that reconnects for ever.
+
+    Raises ``BusError`` if the token is refused, ``OSError``, ``nats.errors.Error`` or ``TimeoutError`` otherwise.
+    """
+    client: Client = nats.NATS()
+
+    async def down() -> None:
+        callbacks.down(client)
+
+    async def up() -> None:
+        callbacks.up(client)
+
+    async def closed() -> None:
+        callbacks.closed(client)
+
+    try:
+        # Without the timeout a refused connection would be tried for ever.
+        async with asyncio.timeout(timeout_s):
+            await client.connect(
+                server.url,
+                token=server.token,
+                name=server.name,
+                connect_timeout=2,
+                allow_reconnect=False,
+                max_reconnect_attempts=-1,
+                reconnect_time_wait=reconnect_wait_s,
+                ping_interval=5,
+                max_outstanding_pings=2,
+                flusher_queue_size=4096,
+                pending_size=8 << 20,
+                # Without it a publish beyond ``pending_size`` could wait for ever for a flusher that a
+                # disconnect has ended.
+                flush_timeout=2,
+                error_cb=callbacks.error,
+                disconnected_cb=down,
+                reconnected_cb=up,
+                closed_cb=closed,
+            )
+    except BaseException as error:
+        await close_client(client)
+        if isinstance(error, nats.errors.Error) and "authorization" in str(error).lower():
+            raise BusError(f"the bus at {server.url} refuses the token") from error
+        raise
+    # Off until here, so that a refused token is an error and not tried again in silence.
+    client.options["allow_reconnect"] = True
+    return client
+
+
+async def close_client(client: Client) -> None:
+    """Close it; never raises (under uvloop closing while it reconnects raises RuntimeError, among others)."""
+    try:
+        await asyncio.wait_for(client.close(), 2)
+    except Exception as error:
+        logger.debug("closing the client: %r", error)

@@ -1,0 +1,159 @@
+"""The part of JetStream's JSON API that the bus needs, each operation retried until the settings' patience ends."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import msgspec
+
+from llmserve.bus.base import BusError, BusUnavailable
+from llmserve.bus.connection import Connection
+from llmserve.bus.inbox import NO_RESPONDERS, Disconnected, Reply, status
+
+Config: TypeAlias = dict[str, object]
+"""A stream's or consumer's configuration as the API spells it."""
+
+QUEUE_FULL = 10077
+WRONG_LAST_SEQUENCE = 10071
+STREAM_NOT_FOUND = 10059
+STREAM_NAME_IN_USE = 10058
+_GONE = frozenset({10037, 10043, 10057})
+"""No message found; sequence not found; message could not be deleted."""
+_PAUSE_MAX_S = 1.0
+
+
+class ApiFailure(msgspec.Struct, frozen=True):
+    """The API's error object."""
+
+    code: int
+    err_code: int = 0
+    description: str = ""
+
+
+class StreamState(msgspec.Struct, frozen=True):
+    messages: int
+    first_seq: int
+    last_seq: int
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """The fields of all the answers in use: each has some of them."""
+
+    error: ApiFailure | None = None
+    seq: int = 0
+    name: str = ""
+    duplicate: bool = False
+    success: bool = False
+    num_pending: int = 0
+    config: Config = {}
+    state: StreamState | None = None
+
+
+class ApiError(BusError):
+    """The server understood and refused."""
+
+    def __init__(self, what: str, failure: ApiFailure) -> None:
+        super().__init__(f"{what}: {failure.description or failure.code} ({failure.err_code})")
+        self.failure = failure
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMessage:
+    """A message read from a stream."""
+
+    seq: int
+    subject: str
+    data: bytes
+
+
+_answers = msgspec.json.Decoder(Answer)
+
+
+class JetStream:
+    """Operations on streams over one connection; every one raises ``BusUnavailable`` when patience ends."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def publish(self, subject: str, data: bytes, headers: dict[str, str]) -> int:
+        """Store a message, return its sequence. ``headers`` must make a repetition harmless. Raises ``ApiError``."""
+        answer = await self._ask(f"publish to {subject}", subject, data, headers)
+        return answer.seq
+
+    async def get(self, stream: str, seq: int) -> StoredMessage | None:
+        """The message with that sequence, None if there is none."""
+        return await self._direct_get(stream, f'{{"seq":{seq}}}'.encode())
+
+    async def get_last(self, stream: str, subject: str) -> StoredMessage | None:
+        """The last message of a subject, None if there is none."""
+        return await self._direct_get(stream, msgspec.json.encode({"last_by_subj": subject}))
+
+    async def delete(self, stream: str, seq: int) -> bool:
+        """Delete a message; False if there is none of that sequence."""
+        body = f'{{"seq":{seq},"no_erase":true}}'.encode()
+        try:
+            await self._ask(f"delete {seq} of {stream}", f"$JS.API.STREAM.MSG.DELETE.{stream}", body)
+        except ApiError as error:
+            if error.failure.err_code in _GONE:
+                return False
+            raise
+        return True
+
+    async def call(self, what: str, body: object = None) -> Answer:
+        """An operation by its API subject below ``$JS.API.``. Raises ``ApiError``."""
+        return await self._ask(what, f"$JS.API.{what}", b"" if body is None else msgspec.json.encode(body))
+
+    async def _ask(self, what: str, subject: str, data: bytes, headers: dict[str, str] | None = None) -> Answer:
+        reply = await self._persist(what, subject, data, headers)
+        answer = _answers.decode(reply.data)
+        if answer.error is not None:
+            raise ApiError(what, answer.error)
+        return answer
+
+    async def _direct_get(self, stream: str, body: bytes) -> StoredMessage | None:
+        reply = await self._persist(f"read {stream}", f"$JS.API.DIRECT.GET.{stream}", body)
+        headers = reply.headers or {}
+        code = status(reply)
+        if code == "404":
+            return None
+        if code:
+            raise BusError(f"read {stream}: {code} {headers.get('Description', '')}")
+        return StoredMessage(int(headers["Nats-Sequence"]), headers["Nats-Subject"], reply.data)
+
+    async def _persist(self, what: str, subject: str, data: bytes, headers: dict[str, str] | None = None) -> Reply:
+        """Ask until there is an answer of a server that can serve."""
+        settings = self._connection.settings
+        deadline = time.monotonic() + settings.publish_patience_s
+        pause_s = 0.05
+        while True:
+            try:
+                reply = await self._connection.request(subject, data, settings.try_timeout_s, headers)
+                problem = _passing_problem(reply)
+                if problem is None:
+                    return reply
+            except (TimeoutError, Disconnected) as error:
+                problem = "no answer" if isinstance(error, TimeoutError) else "disconnected"
+            if time.monotonic() > deadline:
+                raise BusUnavailable(f"{what}: {problem} for {math.ceil(settings.publish_patience_s)} s")
+            await asyncio.sleep(pause_s)
+            pause_s = min(_PAUSE_MAX_S, pause_s * 1.5)
+
+
+def _passing_problem(reply: Reply) -> str | None:
+    """What keeps the server from serving for now, None if the reply is an answer."""
+    code = status(reply)
+    if code == NO_RESPONDERS:
+        return "JetStream is not ready"
+    if code or reply.data[:1] != b"{" or b'"error"' not in reply.data[:256]:
+        return None
+    try:
+        failure = _answers.decode(reply.data).error
+    except msgspec.MsgspecError:
+        return None
+    if failure is not None and failure.code == 503 and failure.err_code != QUEUE_FULL:
+        return failure.description
+    return None
