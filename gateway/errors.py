@@ -27,10 +27,15 @@ _KINDS = {
     429: "RateLimitError",
 }
 
+_CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "rate_limit_exceeded"}
+"""Where OpenAI has a word; elsewhere the status, as vLLM does it."""
+
 
 def error_body(status: int, kind: str, message: str, param: str | None = None) -> bytes:
     """The response's body, with the fields and types of vLLM's own errors."""
-    return msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": status}})
+    return msgspec.json.encode(
+        {"error": {"message": message, "type": kind, "param": param, "code": _CODES.get(status, status)}}
+    )
 
 
 def error_response(

@@ -15,6 +15,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from llmserve.bus.base import Bus, Subscription
+from llmserve.bus.membership import Beater
 from llmserve.bus.messages import Heartbeat, Role
 from llmserve.gateway.caller import DEFAULT_TENANT, cache_salts
 from llmserve.gateway.identity import ApiKeys
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from llmserve.gateway.engine_client import BusEngineClient
 
 log = logging.getLogger(__name__)
-
-_BEAT_S = 1.0
 
 
 class _Server(uvicorn.Server):
@@ -73,7 +72,8 @@ class Gateway:
         self._port = manifest.spec.gateway.port if port is None else port
         self._readiness = Readiness(needed_roles(manifest))
         self._heartbeats: Subscription | None = None
-        self._beating: asyncio.Task[None] | None = None
+        self._beater = Beater(bus, self._heartbeat)
+        self._leaving = False
         self._vllm: VllmApp | None = None
         self._socket: socket.socket | None = None
         self._server: _Server | None = None
@@ -129,7 +129,7 @@ class Gateway:
         quiet_expected_failures()
         await self._client.channel.start()
         self._heartbeats = await self._bus.subscribe(self._bus.subjects.heartbeats, self._readiness.hear)
-        self._beating = asyncio.get_running_loop().create_task(self._beat_forever())
+        self._beater.start()
         security, gateway = self._manifest.spec.security, self._manifest.spec.gateway
         return GatewayMiddleware(
             self._vllm.app,
@@ -160,9 +160,9 @@ class Gateway:
         if self._vllm is not None:
             await self._client.channel.stop()
             self._vllm.close()
-        if self._beating is not None:
-            self._beating.cancel()
-            self._beat(leaving=True)
+            await self._beater.stop()
+            self._leaving = True
+            self._beater.beat()
         if self._heartbeats is not None:
             await self._heartbeats.unsubscribe()
 
@@ -177,16 +177,16 @@ class Gateway:
         tenants |= {key.tenant for key in security.api_keys if isinstance(key, ApiKey)}
         return cache_salts(self._manifest.metadata.name, sorted(tenants), security.cache_sharing)
 
-    async def _beat_forever(self) -> None:
-        while True:
-            self._beat()
-            await asyncio.sleep(_BEAT_S)
-
-    def _beat(self, *, leaving: bool = False) -> None:
-        beat = Heartbeat(
-            member=self._member_id, role=Role.GATEWAY, host=socket.gethostname(), pid=os.getpid(), leaving=leaving
+    def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(
+            member=self._member_id,
+            role=Role.GATEWAY,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            api=engine_api(),
+            metrics_port=self._manifest.spec.gateway.metrics_port,
+            leaving=self._leaving,
         )
-        self._bus.publish(self._bus.subjects.heartbeats, beat)
 
 
 def engine_api() -> str:

@@ -1,15 +1,10 @@
-"""Log records of the gateway: JSON lines with the request they belong to."""
+"""Log records of the gateway: bound to the request they belong to, and fewer of vLLM's."""
 
 from __future__ import annotations
 
 import logging
-import time
-
-import msgspec
 
 from llmserve.gateway.caller import current_caller
-
-_STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
 
 class BindCaller(logging.Filter):
@@ -21,30 +16,6 @@ class BindCaller(logging.Filter):
             record.__dict__.setdefault("request_id", caller.request_id)
             record.__dict__.setdefault("tenant", caller.tenant)
         return True
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, and everything passed as ``extra``."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, object] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        line.update((name, value) for name, value in record.__dict__.items() if name not in _STANDARD)
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(line, enc_hook=str).decode()
-
-
-def log_to_stderr(level: int = logging.INFO) -> None:
-    """Have the process log JSON lines to its standard error."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines())
-    handler.addFilter(BindCaller())
-    logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
 class _Expected(logging.Filter):

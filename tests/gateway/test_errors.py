@@ -27,7 +27,8 @@ async def post(
     response = await world.client.post(url, json=json, **options)
     error = response.json()["error"]
     assert set(error) >= {"message", "type", "param", "code"}
-    assert error["code"] == response.status_code
+    words = {401: "invalid_api_key", 413: "request_too_large", 429: "rate_limit_exceeded"}
+    assert error["code"] == words.get(response.status_code, response.status_code)
     assert "Traceback" not in response.text
     return response.status_code, error, response.headers
 
