@@ -9,8 +9,8 @@ class TokenBucket:
     """Grants bytes at ``rate_bytes_s``, with bursts of at most ``burst_bytes``.
 
     What is taken may overdraw the bucket, so that a transfer larger than the burst passes as well; the next one
-    waits until the debt is paid. Over any interval of t seconds at most ``rate * t + burst + one transfer`` is granted.
-    A rate of ``math.inf`` grants everything.
+    waits until the debt is paid. Over any interval of t seconds at most ``rate * t + burst`` and one transfer are
+    granted. A rate of ``math.inf`` grants everything.
     """
 
     def __init__(self, rate_bytes_s: float, burst_bytes: float, now_s: float) -> None:

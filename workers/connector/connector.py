@@ -41,7 +41,7 @@ _BURST_S = 0.1
 """Seconds at the full rate that may pass at once."""
 
 
-class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):
+class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vLLM is untyped
     """Hands KV pages from a prefill engine to a decode engine; see ``docs/handoff.md``.
 
     ``kv_connector_extra_config``: ``lease_s``, ``timeout_s``, ``engine_order``, ``model_id``, ``io_bytes_s`` (None is

@@ -12,7 +12,7 @@ from llmserve.workers.connector.wire import Handoff
 
 
 @dataclass(frozen=True, slots=True)
-class RankMeta(KVConnectorHandshakeMetadata):
+class RankMeta(KVConnectorHandshakeMetadata):  # type: ignore[misc]  # vLLM is untyped
     """A worker to the scheduler, once at start."""
 
     fingerprint: str
@@ -35,7 +35,7 @@ class Pull:
 
 
 @dataclass(slots=True)
-class StepMeta(KVConnectorMetadata):
+class StepMeta(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untyped
     """Scheduler to workers, each step."""
 
     disarm: list[int] = field(default_factory=list)
@@ -54,11 +54,12 @@ class StepMeta(KVConnectorMetadata):
     """Nothing is computed in this step."""
 
 
-class TransferStats(KVConnectorStats):
+class TransferStats(KVConnectorStats):  # type: ignore[misc]  # vLLM is untyped
     """Finished transfers ``[engine, direction, bytes, seconds, failure]`` and requests whose held pages are free."""
 
     def __init__(self, data: dict[str, Any] | None = None) -> None:
         super().__init__(data if data else {})
+        self.data: dict[str, list[Any]]
         self.data.setdefault("transfers", [])
         self.data.setdefault("released", [])
 

@@ -52,7 +52,5 @@ def _used_files(proc: Path) -> set[str]:
             used.update(os.readlink(fd) for fd in (process / "fd").iterdir())
         except OSError:
             continue  # it ended meanwhile, or belongs to another user, who cannot hold our private files
-        used.update(
-            line.split(maxsplit=5)[5] for line in maps.splitlines() if line.count(" ") > 4 and "/dev/shm" in line
-        )
+        used.update(line.split(maxsplit=5)[-1] for line in maps.splitlines() if "/" in line)
     return used

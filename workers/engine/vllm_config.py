@@ -39,6 +39,8 @@ class VllmOptions:
     block_tokens: int | None = None
     """Tokens of a page, from ``kv_cache.page_size_kb``; vLLM's own choice otherwise."""
     draft_path: str | None = None
+    kv_bytes: int | None = None
+    """KV space over all ranks, if a budget allows less than the manifest's ``engine.kv_space_gb``."""
     io_share: float = 1.0
     """Part of ``budgets.max_kv_io_gbps`` that this engine may use."""
 
@@ -67,7 +69,7 @@ def engine_args(manifest: Manifest, role: Role, options: VllmOptions, engine_id:
         "block_size": options.block_tokens,
         "long_prefill_token_threshold": _long_prefill(manifest),
         "gpu_memory_utilization": engine.gpu_memory_utilization if options.device == "cuda" else None,
-        "kv_cache_memory_bytes": _kv_bytes(manifest, options.device),
+        "kv_cache_memory_bytes": _kv_bytes(manifest, options),
         "speculative_config": _speculation(manifest, role, options),
         "kv_transfer_config": _kv_transfer(manifest, role, options, engine_id),
         "distributed_executor_backend": _executor(manifest, options),
@@ -110,11 +112,13 @@ def _long_prefill(manifest: Manifest) -> int | None:
     return tokens if limit is None else min(tokens, limit)
 
 
-def _kv_bytes(manifest: Manifest, device: Device) -> int | None:
+def _kv_bytes(manifest: Manifest, options: VllmOptions) -> int | None:
+    """Of one rank."""
     space_gb = manifest.spec.engine.kv_space_gb
-    if space_gb is None and device == "cpu":
+    if space_gb is None and options.device == "cpu":
         space_gb = _CPU_KV_SPACE_GB
-    return None if space_gb is None else int(space_gb * _GIB)
+    whole = options.kv_bytes or (None if space_gb is None else int(space_gb * _GIB))
+    return None if whole is None else whole // _ranks(manifest)
 
 
 def _speculation(manifest: Manifest, role: Role, options: VllmOptions) -> dict[str, object] | None:

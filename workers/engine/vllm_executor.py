@@ -33,7 +33,7 @@ def die_with_parent() -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-class GuardedUniProcExecutor(UniProcExecutor):
+class GuardedUniProcExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM is untyped
     """One rank, in the engine core's process."""
 
     def _init_executor(self) -> None:
@@ -41,7 +41,7 @@ class GuardedUniProcExecutor(UniProcExecutor):
         super()._init_executor()
 
 
-class GuardedMultiprocExecutor(MultiprocExecutor):
+class GuardedMultiprocExecutor(MultiprocExecutor):  # type: ignore[misc]  # vLLM is untyped
     """Several ranks, in processes that vLLM ends when the engine core's is gone."""
 
     def _init_executor(self) -> None:

@@ -43,11 +43,12 @@ class ProcessCore(Core):
         loop = asyncio.get_running_loop()
         self._starting = loop.run_in_executor(None, self._open)
         try:
-            self._client = await asyncio.shield(self._starting)
+            client = await asyncio.shield(self._starting)
         except Exception as error:
             raise EngineError(f"vLLM cannot start: {' '.join(str(error).split())}") from error
+        self._client = client
         # Reads of the outputs start with the first call of any kind.
-        ranks = await self._client.collective_rpc_async("llmserve_pages")
+        ranks = await client.collective_rpc_async("llmserve_pages")
         cache = self._config.cache_config
         self._tasks = [
             asyncio.create_task(self._read(sink), name="engine-core-outputs"),

@@ -1,0 +1,189 @@
+"""The scheduler side against a bare stand-in of vLLM's requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import pytest
+
+from llmserve.workers.connector.meta import RankMeta
+from llmserve.workers.connector.scheduler import SchedulerSettings, SchedulerSide, lease_over
+from llmserve.workers.connector.wire import HANDOFF, HOLD, RELEASE, Handoff, decode_handoff, encode
+
+PAGE = 16
+SETTINGS = SchedulerSettings(engine_id="e", lease_s=30.0, tp=1, pp=1, groups=(0,), page_tokens=(PAGE,), slots=4)
+
+
+@dataclass
+class Asked:
+    """As much of vLLM's ``Request`` as the side looks at."""
+
+    request_id: str
+    num_prompt_tokens: int
+    kv_transfer_params: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Blocks:
+    """As much of ``KVCacheBlocks``."""
+
+    pages: list[int]
+
+    def get_block_ids(self) -> tuple[list[int]]:
+        return (self.pages,)
+
+
+@dataclass
+class Output:
+    """As much of ``KVConnectorOutput``."""
+
+    finished_sending: set[str] | None = None
+
+
+@pytest.fixture
+def side() -> SchedulerSide:
+    made = SchedulerSide(SETTINGS)
+    made.set_ranks({(0, 0): RankMeta("kind", b"rank")})
+    return made
+
+
+def prefill(side: SchedulerSide, name: str, tokens: int, pages: list[int]) -> Handoff:
+    request = Asked(name, tokens, {HOLD: True})
+    side.on_new_request(request)
+    side.allocated(request, Blocks(pages), 0)
+    held, params = side.finished(request, (pages,), hold=True)
+    assert held
+    assert params is not None
+    return decode_handoff(params[HANDOFF])
+
+
+def decode(side: SchedulerSide, handoff: Handoff, tokens: int, name: str = "d") -> Asked:
+    request = Asked(name, tokens, {HANDOFF: encode(handoff)})
+    side.on_new_request(request)
+    return request
+
+
+def test_a_lease_is_armed_in_the_step_that_allocates_and_held_after_the_end(side: SchedulerSide) -> None:
+    request = Asked("p", 20, {HOLD: True})
+    side.on_new_request(request)
+    side.allocated(request, Blocks([7, 8]), 0)
+    ((slot, token),) = side.take_meta(idle=False).arm
+    held, params = side.finished(request, ([7, 8],), hold=True)
+    handoff = decode_handoff((params or {})[HANDOFF])
+    assert held
+    assert (handoff.slot, handoff.token, handoff.pages, handoff.tokens) == (slot, token, [[7, 8]], 20)
+    assert side.take_meta(idle=True).hold == {"p": (slot, 30.0)}
+
+
+def test_a_second_allocation_keeps_the_token(side: SchedulerSide) -> None:
+    request = Asked("p", 20, {HOLD: True})
+    side.allocated(request, Blocks([7, 8]), 0)
+    side.allocated(request, Blocks([9, 10]), 0)
+    assert len(side.take_meta(idle=False).arm) == 1
+
+
+def test_pages_beyond_the_prompt_are_not_handed_over(side: SchedulerSide) -> None:
+    assert prefill(side, "p", PAGE, [3, 4]).pages == [[3]]
+
+
+def test_a_prefill_that_ended_otherwise_holds_nothing_and_disarms(side: SchedulerSide) -> None:
+    request = Asked("p", 20, {HOLD: True})
+    side.allocated(request, Blocks([7, 8]), 0)
+    ((slot, _),) = side.take_meta(idle=False).arm
+    assert side.finished(request, ([7, 8],), hold=False) == (False, None)
+    assert side.has_work()
+    assert side.take_meta(idle=False).disarm == [slot]
+
+
+def test_slots_come_back_when_pages_are_free(side: SchedulerSide) -> None:
+    for number in range(3 * SETTINGS.slots):
+        prefill(side, f"p{number}", 20, [1, 2])
+        side.on_output(Output({f"p{number}"}))
+    stats = side.take_stats()
+    assert stats is not None
+    assert len(stats.data["released"]) == 3 * SETTINGS.slots
+
+
+def test_without_a_free_slot_nothing_is_held(side: SchedulerSide) -> None:
+    for number in range(SETTINGS.slots):
+        prefill(side, f"p{number}", 20, [1, 2])
+    request = Asked("one more", 20, {HOLD: True})
+    side.allocated(request, Blocks([1, 2]), 0)
+    assert side.finished(request, ([1, 2],), hold=True) == (False, None)
+
+
+@pytest.mark.parametrize(("prompt", "cached", "wanted"), [(21, 0, 20), (20, 0, 20), (21, PAGE, 4), (21, 32, 0)])
+def test_what_is_not_cached_here_is_to_be_read(side: SchedulerSide, prompt: int, cached: int, wanted: int) -> None:
+    request = decode(side, prefill(side, "p", 20, [7, 8]), prompt)
+    assert side.matched_tokens(request, cached) == (wanted, wanted > 0)
+    assert side.matched_tokens(request, cached) == (wanted, wanted > 0), "asked again, it answers the same"
+
+
+def test_only_the_missing_pages_are_read(side: SchedulerSide) -> None:
+    request = decode(side, prefill(side, "p", 40, [7, 8, 9]), 41)
+    side.allocated(request, Blocks([20, 21, 22]), 40 - PAGE)
+    pull = side.take_meta(idle=False).pull["d"]
+    assert (pull.local, pull.remote) == ([[21, 22]], [[8, 9]])
+    assert not pull.refusal
+
+
+def test_a_handoff_is_read_once_only(side: SchedulerSide) -> None:
+    request = decode(side, prefill(side, "p", 20, [7, 8]), 21)
+    side.allocated(request, Blocks([20, 21]), 20)
+    side.take_meta(idle=False)
+    assert side.matched_tokens(request, 0) == (0, False)
+    side.allocated(request, Blocks([20, 21]), 0)
+    meta = side.take_meta(idle=False)
+    assert (meta.pull, meta.dismiss) == ({}, [])
+
+
+def test_a_handoff_that_is_not_needed_is_dismissed(side: SchedulerSide) -> None:
+    handoff = prefill(side, "p", 20, [7, 8])
+    side.allocated(decode(side, handoff, 21), Blocks([20, 21]), 0)
+    assert side.take_meta(idle=False).dismiss == [handoff]
+
+
+def test_a_handoff_of_a_request_that_ends_unread_is_dismissed(side: SchedulerSide) -> None:
+    handoff = prefill(side, "p", 20, [7, 8])
+    assert side.finished(decode(side, handoff, 21), ([],), hold=False) == (False, None)
+    assert side.take_meta(idle=False).dismiss == [handoff]
+
+
+@pytest.mark.parametrize("change", [{"tp": 2}, {"pp": 2}, {"fingerprint": "other"}, {"pages": [[1], [2]]}])
+def test_pages_that_do_not_fit_are_refused_and_computed_here(side: SchedulerSide, change: dict[str, Any]) -> None:
+    handoff = msgspec.structs.replace(prefill(side, "p", 20, [7, 8]), **change)
+    request = decode(side, handoff, 21)
+    assert side.matched_tokens(request, 0) == (0, False)
+    assert side.take_meta(idle=False).failures == ["fingerprint"]
+
+
+def test_a_page_that_the_producer_dropped_is_a_refusal(side: SchedulerSide) -> None:
+    handoff = msgspec.structs.replace(prefill(side, "p", 20, [7, 8]), pages=[[0, 8]])
+    side.allocated(decode(side, handoff, 21), Blocks([20, 21]), 20)
+    assert "sliding window" in side.take_meta(idle=False).pull["d"].refusal
+
+
+def test_unreadable_handoffs_are_computed_here(side: SchedulerSide) -> None:
+    request = Asked("d", 20, {HANDOFF: b"nonsense"})
+    side.on_new_request(request)
+    assert side.matched_tokens(request, 0) == (0, False)
+    assert side.take_meta(idle=False).failures == ["other"]
+
+
+def test_releases_are_passed_on(side: SchedulerSide) -> None:
+    side.on_new_request(Asked("x", 1, {RELEASE: ["p"]}))
+    assert side.has_work()
+    assert side.take_meta(idle=True).release == ["p"]
+    assert not side.has_work()
+
+
+def test_ranks_of_different_kinds_are_refused() -> None:
+    with pytest.raises(ValueError, match="different KV layouts"):
+        SchedulerSide(SETTINGS).set_ranks({(0, 0): RankMeta("a", b""), (0, 1): RankMeta("b", b"")})
+
+
+@pytest.mark.parametrize(("age_s", "over"), [(0.0, False), (8.9, False), (9.1, True), (99.0, True)])
+def test_a_read_needs_some_of_its_lease_left(age_s: float, over: bool) -> None:
+    assert lease_over(10.0, age_s) is over

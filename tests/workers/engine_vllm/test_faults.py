@@ -1,0 +1,151 @@
+"""Engines that are stopped, killed, or fail."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from llmserve.bus.messages import Role, Stage
+from llmserve.workers.engine.base import EngineDied
+from llmserve.workers.engine.vllm_core import Pages
+from llmserve.workers.engine.vllm_thread import ThreadCore
+from tests.workers.engine_vllm.driver import MODEL, Driver, Pair, body
+
+pytestmark = [pytest.mark.vllm, pytest.mark.faults]
+Prompt = Callable[..., list[int]]
+
+
+class Victim:
+    """A prefill engine in a process of its own that may be stopped and killed."""
+
+    def __init__(self, driver: Driver, process: psutil.Process) -> None:
+        self.driver = driver
+        self.process = process
+
+
+def engine_processes() -> set[psutil.Process]:
+    return {p for p in psutil.Process().children(recursive=True) if "EngineCore" in p.name() + " ".join(p.cmdline())}
+
+
+@pytest.fixture(scope="module")
+async def victim(pair: Pair) -> AsyncIterator[Victim]:
+    before = engine_processes()
+    driver = await Driver.open(Role.PREFILL, "process", lease_s=60.0)
+    (process,) = engine_processes() - before
+    yield Victim(driver, process)
+    await driver.close()
+
+
+async def test_a_producer_that_hangs_costs_a_deadline_and_the_output_is_right(
+    pair: Pair, victim: Victim, prompt: Prompt
+) -> None:
+    data = body(prompt(500))
+    reference = await pair.whole(data)
+    first = await victim.driver.run(Stage.PREFILL, data)
+    pair.decode.moved.clear()
+    victim.process.send_signal(signal.SIGSTOP)
+    try:
+        rest = await pair.decoded(data, first)
+    finally:
+        victim.process.send_signal(signal.SIGCONT)
+    assert [m.failure for m in pair.decode.moved] == ["timeout"]
+    assert first.tokens + rest.tokens == reference
+    victim.driver.engine.abort([first.last.work_id])
+    await victim.driver.all_free()
+
+
+async def test_a_producer_killed_before_the_read_costs_a_recompute_and_its_engine_says_that_it_died(
+    pair: Pair, victim: Victim, prompt: Prompt
+) -> None:
+    data = body(prompt(500))
+    reference = await pair.whole(data)
+    first = await victim.driver.run(Stage.PREFILL, data)
+    victim.process.kill()
+    pair.decode.moved.clear()
+    rest = await pair.decoded(data, first)
+    assert first.tokens + rest.tokens == reference
+    assert [m.failure for m in pair.decode.moved] == ["peer"]
+    await victim.driver.until(lambda: isinstance(victim.driver.died, EngineDied), "the death is noticed")
+    with pytest.raises(EngineDied):
+        victim.driver.submit(Stage.PREFILL, data)
+    await pair.decode.all_free()
+
+
+def test_the_engine_of_a_killed_worker_dies_with_it(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import asyncio
+            from llmserve.bus.messages import Role
+            from tests.workers.engine_vllm.driver import Driver
+
+            async def main():
+                await Driver.open(Role.DECODE, "process")
+                print("ready", flush=True)
+                await asyncio.sleep(600)
+
+            if __name__ == "__main__":  # {MODEL}
+                asyncio.run(main())
+            """
+        )
+    )
+    root = Path(__file__).parents[3]
+    worker = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    try:
+        assert worker.stdout is not None
+        assert any(line.strip() == "ready" for line in worker.stdout)
+        children = psutil.Process(worker.pid).children(recursive=True)
+        assert children
+    finally:
+        worker.kill()
+        worker.wait()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    for process in alive:
+        process.kill()
+    assert not alive
+
+
+class BrokenCore:
+    """As much of vLLM's ``EngineCore`` as the thread steps; its first step fails."""
+
+    batch_queue = None
+
+    class scheduler:  # noqa: N801
+        @staticmethod
+        def has_requests() -> bool:
+            return True
+
+    def step_fn(self) -> Any:
+        raise RuntimeError("the device is gone")
+
+    def shutdown(self) -> None: ...
+
+
+async def test_a_failure_in_the_thread_is_passed_on_and_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[Any] = []
+    monkeypatch.setattr(ThreadCore, "_create", lambda self: (BrokenCore(), Pages(1, 1, 1, "")))
+    core = ThreadCore(config=None, threads=1)
+    await core.start(heard.append)
+    deadline = time.monotonic() + 10
+    while not heard and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+    await core.close()
+    assert [str(error) for error in heard] == ["the device is gone"]
