@@ -1,0 +1,162 @@
+"""All roles of a deployment in one process: what ``llmserve up`` runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry
+
+from llmserve.bus.endpoint import BusEndpoint
+from llmserve.bus.flow.router import Router, RouterSettings
+from llmserve.bus.membership import Beater
+from llmserve.bus.messages import Heartbeat, Role
+from llmserve.bus.metrics import BusMetrics
+from llmserve.bus.nats import NatsBus, connect
+from llmserve.bus.server import EmbeddedServer
+from llmserve.bus.settings import BusSettings
+from llmserve.bus.telemetry import MetricsServer
+from llmserve.cli.display import Progress
+from llmserve.manifests.schema import Manifest
+from llmserve.manifests.state import state_dir
+
+if TYPE_CHECKING:
+    from llmserve.gateway.gateway import Gateway
+
+logger = logging.getLogger("llmserve.up")
+
+
+class StackFailed(Exception):
+    """A part ended that should not have."""
+
+
+class Stack:
+    """``start`` everything, ``run`` until cancelled or a part fails, ``stop``; nothing is left behind."""
+
+    def __init__(self, manifest: Manifest, progress: Progress, nats_url: str | None = None) -> None:
+        self.manifest = manifest
+        self.registry = CollectorRegistry()
+        self._progress = progress
+        self._nats_url = nats_url or manifest.spec.bus.url
+        self._closing = AsyncExitStack()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._bus_metrics = BusMetrics(self.registry)
+        self._gateway: Gateway | None = None
+
+    @property
+    def url(self) -> str:
+        """Of the API, known after ``start``."""
+        assert self._gateway is not None
+        return self._gateway.url
+
+    async def start(self) -> None:
+        """Start every part. Raises ``BusError``, ``EngineError``, ``OSError`` or ``ModelError``, each with one line."""
+        gateway = self.manifest.spec.gateway
+        _require_free(gateway.host, gateway.port, "spec.gateway.port")
+        metrics = MetricsServer(self.registry, gateway.host, gateway.metrics_port)
+        await metrics.start()
+        self._closing.push_async_callback(metrics.stop)
+        endpoint = await self._start_nats()
+        await self._start_router(endpoint)
+        # Engines and the gateway's imports take both cores for a while anyway: together, then.
+        async with asyncio.TaskGroup() as parts:
+            parts.create_task(self._start_gateway(endpoint))
+            for role, count in self._replicas():
+                for index in range(count):
+                    parts.create_task(self._start_worker(endpoint, role, f"{role}-{index}"))
+        self._spawn(self._bus_metrics.run(), "bus metrics")
+
+    async def run(self) -> None:
+        """Serve until cancelled. Raises ``StackFailed`` when a part ends by itself."""
+        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            error = None if task.cancelled() else task.exception()
+            raise StackFailed(f"{task.get_name()} ended: {error or 'without an error'}") from error
+
+    async def stop(self) -> None:
+        """Stop every part, the last started first."""
+        for task in self._tasks:
+            task.cancel()
+        await self._closing.aclose()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _replicas(self) -> list[tuple[Role, int]]:
+        replicas = self.manifest.spec.deployment.replicas
+        if not replicas.prefill:
+            return [(Role.BOTH, replicas.decode)]
+        return [(Role.PREFILL, replicas.prefill), (Role.DECODE, replicas.decode)]
+
+    def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
+        self._tasks.append(asyncio.create_task(work, name=name))
+
+    async def _connect(self, endpoint: BusEndpoint, member: str) -> NatsBus:
+        settings = BusSettings(queue_max_len=self.manifest.spec.scheduling.policies.queue_max_len)
+        name = self.manifest.metadata.name
+        bus = await connect(endpoint.url, endpoint.token, name, member=member, settings=settings)
+        self._bus_metrics.add(bus)
+        self._closing.push_async_callback(bus.close)
+        return bus
+
+    async def _start_nats(self) -> BusEndpoint:
+        if self._nats_url:
+            self._progress.line(f"  nats         external          {self._nats_url.rpartition('@')[2]}")
+            return BusEndpoint(self._nats_url, self.manifest.spec.bus.token)
+        async with self._progress.part("nats", "embedded server, JetStream on files"):
+            server = EmbeddedServer(state_dir(self.manifest, os.environ), sync=self.manifest.spec.bus.sync)
+            server.start()
+        self._closing.callback(server.stop)
+        self._spawn(server.supervise(), "nats")
+        return BusEndpoint(server.url, server.token)
+
+    async def _start_router(self, endpoint: BusEndpoint) -> None:
+        async with self._progress.part("router"):
+            member = member_id("router")
+            bus = await self._connect(endpoint, member)
+            router = Router(bus, RouterSettings.from_manifest(self.manifest), member, registry=self.registry)
+            await router.start()
+            beater = Beater(bus, lambda: _heartbeat(member, Role.ROUTER, router.epoch))
+            beater.start()
+        self._closing.push_async_callback(router.stop)
+        self._closing.push_async_callback(beater.stop)
+        self._spawn(router.run(), "router")
+
+    async def _start_gateway(self, endpoint: BusEndpoint) -> None:
+        async with self._progress.part("gateway", "vLLM's OpenAI server, without an engine"):
+            from llmserve.gateway.gateway import Gateway
+
+            member = member_id("gateway")
+            bus = await self._connect(endpoint, member)
+            self._gateway = Gateway(self.manifest, bus, member, self.registry, drain_s=2.0)
+            await self._gateway.start()
+        self._closing.push_async_callback(self._gateway.stop)
+        self._spawn(self._gateway.serve(), "gateway")
+
+    async def _start_worker(self, endpoint: BusEndpoint, role: Role, name: str) -> None:
+        raise NotImplementedError
+
+
+def member_id(name: str) -> str:
+    """A member id of this incarnation: a restarted one is another member."""
+    return f"{name}-{secrets.token_hex(4)}"
+
+
+def _heartbeat(member: str, role: Role, epoch: int) -> Heartbeat:
+    return Heartbeat(member=member, role=role, host=socket.gethostname(), pid=os.getpid(), epoch=epoch)
+
+
+def _require_free(host: str, port: int, field: str) -> None:
+    """Raise ``OSError`` at once for a taken port, not after the engines have started."""
+    if not port:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OSError(error.errno, f"{field}: {host}:{port}: {error.strerror}") from error

@@ -1,0 +1,119 @@
+"""``llmserve up``: the whole stack of a manifest from one command, until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+
+import uvloop
+
+from llmserve.bus.base import BusError
+from llmserve.bus.telemetry import configure_logging
+from llmserve.cli.display import Progress
+from llmserve.cli.stack import Stack, StackFailed
+from llmserve.manifests.errors import ManifestError
+from llmserve.manifests.loader import load, resolve
+from llmserve.manifests.models import ModelError
+from llmserve.manifests.schema import Manifest
+from llmserve.manifests.support import require_supported
+from llmserve.workers.engine.base import EngineError
+
+STOP_S = 8.0
+"""Time for an orderly end; what is left after it is ended with the process."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-f", "--manifest", required=True, help="the manifest, such as manifests/local.yaml")
+    parser.add_argument(
+        "--nats", metavar="URL", help="use this nats-server; by default the manifest's, or an embedded one"
+    )
+    parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
+    parser.add_argument("--log-json", action="store_true", help="log JSON lines instead of text")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    configure_logging(getattr(logging, arguments.log_level.upper()), json=arguments.log_json)
+    try:
+        manifest = resolve(load(arguments.manifest), os.environ)
+        require_supported(manifest)
+    except ManifestError as error:
+        print(error, file=sys.stderr)
+        return 2
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_up(manifest, arguments.manifest, arguments.nats))
+
+
+async def _up(manifest: Manifest, path: str, nats_url: str | None) -> int:
+    begun_s = time.monotonic()
+    progress = Progress()
+    progress.line(f"llmserve: {manifest.metadata.name}, from {path}")
+    stack = Stack(manifest, progress, nats_url)
+    stopping = _stop_signal()
+    code = 0
+    try:
+        serving = asyncio.create_task(_serve(stack, progress, begun_s))
+        await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+        serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
+    except* (BusError, EngineError, ModelError, OSError, StackFailed) as errors:
+        for error in _leaves(errors):
+            print(f"llmserve up: {error.strerror if isinstance(error, OSError) else error}", file=sys.stderr)
+        code = 2 if not stack.started else 1
+    progress.line("stopping ...")
+    try:
+        await asyncio.wait_for(stack.stop(), STOP_S)
+    except TimeoutError:
+        logging.getLogger("llmserve.up").warning("not everything stopped in %.0f s: ended with the process", STOP_S)
+    progress.line("stopped")
+    return code
+
+
+async def _serve(stack: Stack, progress: Progress, begun_s: float) -> None:
+    await stack.start()
+    progress.line(
+        f"\nready after {time.monotonic() - begun_s:.0f} s: {stack.url}/v1   metrics: {stack.metrics_url}\n"
+    )
+    progress.line(_try_it(stack) + "\n\nCtrl-C stops everything.")
+    await stack.run()
+
+
+def _try_it(stack: Stack) -> str:
+    model = stack.manifest.spec.models.primary
+    body = {
+        "model": model.served_name or model.id,
+        "stream": True,
+        "max_tokens": 64,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    }
+    key = " -H 'authorization: Bearer '$API_KEY" if stack.manifest.spec.security.api_keys else ""
+    return f"curl -N {stack.url}/v1/chat/completions -H 'content-type: application/json'{key} -d '{json.dumps(body)}'"
+
+
+def _stop_signal() -> asyncio.Future[None]:
+    """Done at the first SIGINT or SIGTERM; the second one ends the process at once."""
+    loop = asyncio.get_running_loop()
+    stopping: asyncio.Future[None] = loop.create_future()
+
+    def stop() -> None:
+        if stopping.done():
+            os._exit(130)
+        stopping.set_result(None)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    return stopping
+
+
+def _leaves(errors: BaseExceptionGroup[Exception]) -> list[Exception]:
+    leaves: list[Exception] = []
+    for error in errors.exceptions:
+        leaves += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return leaves
