@@ -27,7 +27,7 @@ def problems(value: object, schema: types.Type, path: FieldPath = ()) -> Iterato
                 if _fits(key, schema.key_type):
                     yield from problems(item, schema.value_type, (*path, key))
                 else:
-                    yield Problem(path, f"key {shown(key)} must be {_described(schema.key_type)}{_quote_hint(key)}")
+                    yield Problem(path, f"key {shown(key)} must be {described(schema.key_type)}{_quote_hint(key)}")
         case types.VarTupleType() if isinstance(value, list):
             for index, item in enumerate(value):
                 yield from problems(item, schema.item_type, (*path, index))
@@ -47,7 +47,7 @@ def _struct_problems(value: dict[object, object], schema: types.StructType, path
             yield Problem(path, f"unknown field {shown(key)}; allowed here: {', '.join(fields)}")
     for name, field in fields.items():
         if field.required and name not in value:
-            yield Problem((*path, name), f"missing; it must be {_described(field.type)}")
+            yield Problem((*path, name), f"missing; it must be {described(field.type)}")
 
 
 def _chosen(value: object, schema: types.Type) -> types.Type:
@@ -94,7 +94,7 @@ def _in_bounds(value: float, schema: types.IntType | types.FloatType) -> bool:
 def _mismatch(value: object, schema: types.Type, path: FieldPath) -> str:
     secret = path in _SECRET_FIELDS or (path[:3] == _KEYS and path[3:] and path[-1] != "tenant")
     what = "this value" if secret and value is not None else shown(value)
-    text = f"{what} is not allowed; it must be {_described(schema)}"
+    text = f"{what} is not allowed; it must be {described(schema)}"
     if isinstance(schema, types.LiteralType) and isinstance(value, str):
         text += _nearest(value, [str(literal) for literal in schema.values])
     if isinstance(schema, types.StrType):
@@ -112,7 +112,8 @@ def _nearest(wrong: str, known: Sequence[str]) -> str:
     return f" (did you mean {lower[near[0]]}?)" if near else ""
 
 
-def _described(schema: types.Type) -> str:
+def described(schema: types.Type) -> str:
+    """What a value of this type must be, in words."""
     match schema:
         case types.BoolType():
             return "true or false"
@@ -133,7 +134,7 @@ def _described(schema: types.Type) -> str:
             return "a list"
         case types.UnionType():
             members = [member for member in schema.types if not isinstance(member, types.NoneType)]
-            return " or ".join(_described(member) for member in members)
+            return " or ".join(described(member) for member in members)
     return "something else"
 
 
