@@ -6,8 +6,6 @@ import argparse
 import urllib.error
 import urllib.request
 
-HELP = "ask a health endpoint; exit 0 if it is well"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("url", help="such as http://127.0.0.1:8000/health/ready")

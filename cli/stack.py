@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry
 
 from llmserve.bus.endpoint import BusEndpoint
-from llmserve.bus.flow.router import Router, RouterSettings
+from llmserve.bus.flow.router import Router
+from llmserve.bus.flow.settings import RouterSettings
 from llmserve.bus.membership import Beater
 from llmserve.bus.messages import Heartbeat, Role
 from llmserve.bus.metrics import BusMetrics
@@ -48,6 +49,17 @@ class Stack:
         self._tasks: list[asyncio.Task[None]] = []
         self._bus_metrics = BusMetrics(self.registry)
         self._gateway: Gateway | None = None
+        self._metrics = MetricsServer(
+            self.registry, manifest.spec.gateway.host, manifest.spec.gateway.metrics_port, self._alive
+        )
+        self.started = False
+
+    @property
+    def metrics_url(self) -> str:
+        return self._metrics.url
+
+    def _alive(self) -> bool:
+        return not any(task.done() for task in self._tasks)
 
     @property
     def url(self) -> str:
@@ -56,12 +68,11 @@ class Stack:
         return self._gateway.url
 
     async def start(self) -> None:
-        """Start every part. Raises ``BusError``, ``EngineError``, ``OSError`` or ``ModelError``, each with one line."""
+        """Start every part. Raises ``BusError``, ``EngineError``, ``OSError`` or ``ModelError``: one line each."""
         gateway = self.manifest.spec.gateway
         _require_free(gateway.host, gateway.port, "spec.gateway.port")
-        metrics = MetricsServer(self.registry, gateway.host, gateway.metrics_port)
-        await metrics.start()
-        self._closing.push_async_callback(metrics.stop)
+        await self._metrics.start()
+        self._closing.push_async_callback(self._metrics.stop)
         endpoint = await self._start_nats()
         await self._start_router(endpoint)
         # Engines and the gateway's imports take both cores for a while anyway: together, then.
@@ -71,6 +82,7 @@ class Stack:
                 for index in range(count):
                     parts.create_task(self._start_worker(endpoint, role, f"{role}-{index}"))
         self._spawn(self._bus_metrics.run(), "bus metrics")
+        self.started = True
 
     async def run(self) -> None:
         """Serve until cancelled. Raises ``StackFailed`` when a part ends by itself."""

@@ -11,11 +11,11 @@ from llmserve.bus.base import BusError
 from llmserve.bus.endpoint import bus_endpoint
 from llmserve.bus.messages import AnyMessage, Heartbeat, Role
 from llmserve.bus.nats import connect
+from llmserve.bus.settings import BusSettings
 from llmserve.manifests.errors import ManifestError
 from llmserve.manifests.loader import load, resolve
 from llmserve.manifests.schema import Manifest
 
-HELP = "the members of a deployment and what they do"
 LISTEN_S = 1.3
 """Every member is heard once a second."""
 
@@ -44,8 +44,10 @@ async def heard(manifest: Manifest, url: str | None) -> list[Heartbeat]:
         if isinstance(message, Heartbeat):
             members[message.member] = message
 
+    policies = manifest.spec.scheduling.policies
+    settings = BusSettings(queue_max_len=policies.queue_max_len, publish_patience_s=3)
     endpoint = bus_endpoint(manifest, url, os.environ)
-    bus = await connect(endpoint.url, endpoint.token, manifest.metadata.name, member="status", patience_s=3)
+    bus = await connect(endpoint.url, endpoint.token, manifest.metadata.name, member="status", settings=settings)
     try:
         await bus.subscribe(bus.subjects.heartbeats, hear)
         await asyncio.sleep(LISTEN_S)
