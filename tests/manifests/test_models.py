@@ -34,7 +34,8 @@ def test_the_packaged_model_has_the_shape_of_smollm2(converted: Path) -> None:
 def test_a_second_look_finds_the_same_folder_without_the_converter(converted: Path) -> None:
     code = (
         "import pathlib, sys; from llmserve.manifests.models import resolve_model; "
-        f"print(resolve_model({PACKAGED_ID!r}, pathlib.Path({str(converted.parent)!r})).path); sys.exit('gguf' in sys.modules or 'numpy' in sys.modules)"
+        f"print(resolve_model({PACKAGED_ID!r}, pathlib.Path({str(converted.parent)!r})).path); "
+        "sys.exit('gguf' in sys.modules or 'numpy' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(converted)
