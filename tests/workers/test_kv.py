@@ -1,40 +1,51 @@
-"""The kv role's sweep of shared memory."""
+"""The kv role, and what a sweep of shared memory takes and leaves."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 from pathlib import Path
 
-from llmserve.workers.kv import mapped_segments, sweep
+import pytest
+from prometheus_client import CollectorRegistry
+
+from llmserve.workers.engine.shm import sweep
+from llmserve.workers.kv import KvManager
 
 
-def folders(tmp_path: Path) -> tuple[Path, Path]:
-    shm, proc = tmp_path / "shm", tmp_path / "proc"
-    shm.mkdir()
-    (proc / "1" / "fd").mkdir(parents=True)
-    (proc / "1" / "maps").write_text("7f00-7f01 rw-s 00000000 00:19 5 /dev/shm/psm_0000000b\n")
-    for name in ("psm_0000000a", "psm_0000000b", "vllm_offload_x.mmap", "somebody-elses"):
-        (shm / name).write_bytes(b"x" * 100)
-    return shm, proc
+@pytest.fixture
+def shm(tmp_path: Path) -> Path:
+    """A folder of four old files, 100 bytes each, of which a process maps psm_b."""
+    folder = tmp_path / "shm"
+    folder.mkdir()
+    for name in ("psm_a", "psm_b", "vllm_offload_x.mmap", "somebody-elses"):
+        (folder / name).write_bytes(b"x" * 100)
+    (tmp_path / "proc" / "1" / "fd").mkdir(parents=True)
+    (tmp_path / "proc" / "1" / "maps").write_text(f"7f00-7f01 rw-s 00000000 00:19 5 {folder}/psm_b\n")
+    return folder
 
 
-def test_it_removes_segments_of_engines_that_no_process_maps(tmp_path: Path) -> None:
-    shm, proc = folders(tmp_path)
-    assert sweep(0, os.stat(shm).st_mtime + 1000, shm, proc) == 200
-    assert sorted(path.name for path in shm.iterdir()) == ["psm_0000000b", "somebody-elses"]
+def when_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 1000)
 
 
-def test_it_keeps_young_segments_which_an_engine_may_be_about_to_map(tmp_path: Path) -> None:
-    shm, proc = folders(tmp_path)
-    assert sweep(60, os.stat(shm).st_mtime + 30, shm, proc) == 0
-    assert len(list(shm.iterdir())) == 4
+def test_a_sweep_removes_what_dead_engines_left(shm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    when_old(monkeypatch)
+    assert sweep(shm, tmp_path / "proc") == 200
+    assert sorted(path.name for path in shm.iterdir()) == ["psm_b", "somebody-elses"]
 
 
-def test_an_open_descriptor_counts_as_use(tmp_path: Path) -> None:
-    shm, proc = folders(tmp_path)
-    (proc / "1" / "fd" / "3").symlink_to("/dev/shm/psm_0000000a")
-    assert mapped_segments(proc) == {"psm_0000000a", "psm_0000000b"}
+def test_a_sweep_keeps_young_files_which_an_engine_may_be_about_to_map(shm: Path, tmp_path: Path) -> None:
+    assert sweep(shm, tmp_path / "proc") == 0
+    assert len(os.listdir(shm)) == 4
 
 
-def test_the_processes_of_this_machine_can_be_read() -> None:
-    assert isinstance(mapped_segments(), set)
+async def test_the_manager_sweeps_again_and_again_and_counts_the_bytes() -> None:
+    registry = CollectorRegistry()
+    sweeps = iter([100, 50, 0, 0, 0, 0, 0, 0])
+    running = asyncio.create_task(KvManager(registry, every_s=0.001, sweep=lambda: next(sweeps)).run())
+    while registry.get_sample_value("llmserve_shared_memory_reclaimed_bytes_total") != 150:
+        await asyncio.sleep(0.001)
+    running.cancel()
