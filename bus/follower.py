@@ -35,7 +35,7 @@ class Place:
 
 
 def parse_place(reply: str) -> Place:
-    """From ``$JS.ACK.[<domain>.<account>.]<stream>.<consumer>.<tries>.<seq>.<delivery>.<time>.<pending>[.<random>]``."""
+    """From ``$JS.ACK.[domain.account.]stream.consumer.tries.seq.delivery.time.pending[.random]`` (ADR-15)."""
     tokens = reply.split(".")
     base = 2 if len(tokens) < 11 else 4
     return Place(int(tokens[base + 3]), int(tokens[base + 4]), int(tokens[base + 6]))
@@ -169,11 +169,13 @@ class StreamFollower(Follower):
             self.doubt()
             return
         self._delivery = place.delivery
-        if place.seq >= self._next_seq:
-            self._next_seq = place.seq + 1
-            self._handler(StoredMessage(place.seq, message.subject, message.data))
-        if place.pending == 0:
-            self._caught_up.set()
+        try:
+            if place.seq >= self._next_seq:
+                self._next_seq = place.seq + 1
+                self._handler(StoredMessage(place.seq, message.subject, message.data))
+        finally:
+            if place.pending == 0:
+                self._caught_up.set()
 
     def _control(self, message: Reply) -> None:
         """Flow control is answered here, after all that came before it was handled."""

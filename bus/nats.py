@@ -37,7 +37,6 @@ async def connect(
     except BaseException:
         await bus.close()
         raise
-    connection.on_reconnect(bus.ensure_streams)
     return bus
 
 
@@ -50,6 +49,7 @@ class NatsBus(Bus):
         self._connection = connection
         self._api = JetStream(connection)
         self._followers: set[StreamFollower] = set()
+        connection.on_reconnect(self.ensure_streams)
         connection.on_reconnect(self._doubt_followers)
 
     @property
@@ -62,7 +62,7 @@ class NatsBus(Bus):
         return self._connection.connected
 
     async def ensure_streams(self) -> None:
-        """Make the streams, or change them to the settings; also after each reconnect: the server may be a new one."""
+        """Make the streams, or change them to the settings. Also after a reconnect: the server may be a new one."""
         await ensure_streams(self._api, self.subjects, self._connection.settings)
 
     # -- core NATS -----------------------------------------------------------------------------------------------
@@ -138,8 +138,8 @@ class NatsBus(Bus):
 
         follower = _NatsFollower(self._connection, self._api, self.subjects.request_stream, receive)
         follower.left = lambda: self._followers.discard(follower)
-        self._followers.add(follower)
         await follower.start()
+        self._followers.add(follower)
         return follower
 
     async def lead(self, router: str) -> int:
