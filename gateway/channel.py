@@ -25,7 +25,7 @@ from llmserve.bus.messages import (
 )
 from llmserve.gateway.attempts import Action, Attempts, Deliver, Discard, Fail, Mode, Submit, Withdraw
 from llmserve.gateway.codec import RequestCodec
-from llmserve.gateway.metrics import GatewayMetrics
+from llmserve.gateway.metrics import GatewayMetrics, TenantMetrics
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class Call:
     klass: str
     codec: RequestCodec
     attempts: Attempts
+    metrics: TenantMetrics
     received_s: float
     """Monotonic time at which the client's request came in, for the time to the first token."""
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -119,7 +120,8 @@ class Channel:
         self, local_id: str, tenant: str, klass: str, codec: RequestCodec, mode: Mode, received_s: float
     ) -> None:
         """Accept a request durably; its tokens follow. Raises ``QueueFull`` or ``BusUnavailable``."""
-        call = Call(local_id, tenant, klass, codec, Attempts(mode, codec.max_tokens), received_s)
+        attempts = Attempts(mode, codec.max_tokens)
+        call = Call(local_id, tenant, klass, codec, attempts, self._metrics.of_tenant(tenant), received_s)
         # Known before it is stored: its first tokens may overtake the acknowledgement.
         self._calls[call.request_id] = self._by_local_id[local_id] = call
         storing = asyncio.get_running_loop().create_task(self._store(call, call.attempts.start()))
@@ -137,7 +139,7 @@ class Channel:
         except BaseException:
             self._forget(call)
             raise
-        self._metrics.accepted(tenant, codec.prompt_tokens)
+        call.metrics.accepted(codec.prompt_tokens)
         self._carry_out(call, call.attempts.stored(0, seq), None)
 
     def cancel(self, local_ids: list[str]) -> None:
@@ -199,13 +201,12 @@ class Channel:
         if fresh:
             if call.first_token_s is None:
                 call.first_token_s = now
-                self._metrics.first_tokens(call.tenant, now - call.received_s, fresh, delta.cached_tokens or 0)
+                call.metrics.first_tokens(now - call.received_s, delta.cached_tokens or 0)
             else:
-                self._metrics.next_tokens(call.tenant, now - call.progress_s, fresh)
+                call.metrics.next_tokens(now - call.progress_s, fresh)
             call.progress_s = now
         if deliver.reason is not None:
             self._forget(call)
-            self._metrics.ended(call.tenant, len(call.attempts.tokens), call.first_token_s, now)
         return Arrival(call.local_id, delta, deliver.skip, deliver.reason)
 
     def _carry_out(self, call: Call, actions: list[Action], now: float | None) -> None:
@@ -320,8 +321,9 @@ class Channel:
             call.probing = False
 
     def _forget(self, call: Call) -> None:
-        self._calls.pop(call.request_id, None)
         self._by_local_id.pop(call.local_id, None)
+        if self._calls.pop(call.request_id, None) is not None:
+            call.metrics.ended(len(call.attempts.tokens), call.first_token_s, call.progress_s)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

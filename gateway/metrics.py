@@ -13,6 +13,7 @@ class GatewayMetrics:
     """Metrics of one gateway on ``registry``."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self._tenants: dict[str, TenantMetrics] = {}
         tenant = ["tenant"]
         self.ttft = Histogram(
             "llmserve_time_to_first_token_seconds",
@@ -69,22 +70,12 @@ class GatewayMetrics:
         )
         self.open_requests = Gauge("llmserve_open_requests", "API requests being answered", registry=registry)
 
-    def accepted(self, tenant: str, prompt_tokens: int) -> None:
-        self.prompt_tokens.labels(tenant).inc(prompt_tokens)
-
-    def first_tokens(self, tenant: str, ttft_s: float, tokens: int, cached_tokens: int) -> None:
-        self.ttft.labels(tenant).observe(ttft_s)
-        self.output_tokens.labels(tenant).inc(tokens)
-        if cached_tokens:
-            self.cached_tokens.labels(tenant).inc(cached_tokens)
-
-    def next_tokens(self, tenant: str, waited_s: float, tokens: int) -> None:
-        self.inter_token.labels(tenant).observe(waited_s / tokens)
-        self.output_tokens.labels(tenant).inc(tokens)
-
-    def ended(self, tenant: str, output_tokens: int, first_token_s: float | None, now_s: float) -> None:
-        if output_tokens > 1 and first_token_s is not None and now_s > first_token_s:
-            self.decode_rate.labels(tenant).observe((output_tokens - 1) / (now_s - first_token_s))
+    def of_tenant(self, tenant: str) -> TenantMetrics:
+        """The tenant's own, looked up once: looking labels up costs more than counting."""
+        known = self._tenants.get(tenant)
+        if known is None:
+            known = self._tenants[tenant] = TenantMetrics(self, tenant)
+        return known
 
     def resubmitted(self, mode: str) -> None:
         self.attempts.labels(mode).inc()
@@ -93,3 +84,32 @@ class GatewayMetrics:
         """``status`` 0: no response was started."""
         self.requests.labels(tenant, outcome, str(status)).inc()
         self.end_to_end.labels(tenant).observe(duration_s)
+
+
+class TenantMetrics:
+    """What is counted per token and per request, of one tenant."""
+
+    def __init__(self, metrics: GatewayMetrics, tenant: str) -> None:
+        self._ttft = metrics.ttft.labels(tenant)
+        self._inter_token = metrics.inter_token.labels(tenant)
+        self._decode_rate = metrics.decode_rate.labels(tenant)
+        self._prompt_tokens = metrics.prompt_tokens.labels(tenant)
+        self._output_tokens = metrics.output_tokens.labels(tenant)
+        self._cached_tokens = metrics.cached_tokens.labels(tenant)
+
+    def accepted(self, prompt_tokens: int) -> None:
+        self._prompt_tokens.inc(prompt_tokens)
+
+    def first_tokens(self, ttft_s: float, cached_tokens: int) -> None:
+        self._ttft.observe(ttft_s)
+        self._cached_tokens.inc(cached_tokens)
+
+    def next_tokens(self, waited_s: float, tokens: int) -> None:
+        """``waited_s`` is shared by all ``tokens`` of one step."""
+        self._inter_token.observe(waited_s / tokens)
+
+    def ended(self, output_tokens: int, first_token_s: float | None, now_s: float) -> None:
+        """Also of a request that was cancelled or failed: what it has got is counted."""
+        self._output_tokens.inc(output_tokens)
+        if output_tokens > 1 and first_token_s is not None and now_s > first_token_s:
+            self._decode_rate.observe((output_tokens - 1) / (now_s - first_token_s))

@@ -62,7 +62,7 @@ class Services:
         }
 
     def start(self, name: str, service: str | None = None) -> Process:
-        """Start a service's own command; ``service`` names another one to run under this name, on a free metrics port."""
+        """Start a service's own command; ``service`` names another to run under this name, on a free port."""
         command = shlex.split(self.commands[service or name])
         if service:
             command[command.index("--metrics-port") + 1] = "0"

@@ -1,4 +1,4 @@
-"""``kill -9`` of workers under load, on simulated engines in separate processes: nothing hangs, nothing stays held."""
+"""``kill -9`` of each role under load, on simulated engines in separate processes: nothing hangs or stays held."""
 
 from __future__ import annotations
 

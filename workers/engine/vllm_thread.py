@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import queue
 import threading
 from typing import TYPE_CHECKING, Any
@@ -90,8 +91,10 @@ class ThreadCore(Core):
         from vllm.v1.engine.core import EngineCore
         from vllm.v1.executor import Executor
 
-        # OMP_NUM_THREADS was read when torch was loaded, which may have been before it was set.
+        # The environment was read when torch was loaded, which may have been before it was set.
         torch.set_num_threads(self._threads)
+        if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+            torch._dynamo.config.disable = True
         core = EngineCore(self._config, Executor.get_class(self._config), log_stats=True)
         ranks = core.collective_rpc("llmserve_pages")
         cache = self._config.cache_config
