@@ -1,0 +1,317 @@
+"""Continuous batching over paged memory, simulated: which sequence computes how many tokens in the next step.
+
+The policy is vLLM's in outline: running sequences first, in order of arrival, each with what it still has to
+compute, then waiting ones while slots, pages and the step's token budget last; when a running sequence cannot grow,
+the newest one gives up its pages and computes everything again later. No I/O, no clock.
+"""
+
+from __future__ import annotations
+
+import enum
+import zlib
+from array import array
+from collections import deque
+from dataclasses import dataclass, field
+
+from llmserve.bus.messages import Reason, Stage
+from llmserve.workers.engine.base import EngineError, EngineOutput
+from llmserve.workers.engine.wire import Body
+
+FIRST_TOKEN_ID = 100
+TOKEN_IDS = 39_900
+"""Sampled ids lie in 100..39,999: inside every vocabulary in use here, above its special tokens."""
+
+
+class Phase(enum.Enum):
+    WAITING = "waiting"
+    LOADING = "loading"
+    """Has its pages; their content is on its way from another engine."""
+    RUNNING = "running"
+    HELD = "held"
+    """Prefilled; the pages wait for a decode engine."""
+    GONE = "gone"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One piece of work. ``computed`` of its ``length`` tokens have their KV in ``pages``."""
+
+    work_id: str
+    stage: Stage
+    prompt: int
+    limit: int
+    """Output tokens at most, those of earlier stages included."""
+    min_tokens: int
+    stop_token_ids: frozenset[int]
+    digest: int
+    """CRC-32 of all tokens so far: the next token is a function of it."""
+    generated: int
+    handoff: bytes
+    phase: Phase = Phase.WAITING
+    computed: int = 0
+    pages: int = 0
+    prefilled: int = 0
+    """Prompt tokens computed here, again after a preemption."""
+    cached: int = 0
+    yielded: bool = False
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.generated
+
+
+def digest_of(tokens: list[int]) -> int:
+    """The digest of a sequence that starts with ``tokens``."""
+    return zlib.crc32(array("I", tokens).tobytes())
+
+
+def next_token(digest: int) -> int:
+    """The token that follows a sequence of this digest (Knuth's multiplicative hash spreads the CRC)."""
+    return FIRST_TOKEN_ID + (digest * 2_654_435_761 & 0xFFFFFFFF) % TOKEN_IDS
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes of the simulated engine."""
+
+    slots: int
+    step_tokens: int
+    pages: int
+    page_tokens: int
+    max_model_len: int
+    chunked: bool = True
+    """False: a prompt is computed in one step."""
+    long_prompt_tokens: int | None = None
+    """A longer prompt advances by at most so many tokens a step."""
+
+    def pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_tokens)
+
+
+@dataclass(slots=True)
+class Batch:
+    """The next step: sequences with the tokens that each computes."""
+
+    items: list[tuple[Sequence, int]] = field(default_factory=list)
+    prefill_tokens: int = 0
+    decodes: int = 0
+    loads: list[Sequence] = field(default_factory=list)
+    """Admitted sequences whose pages are now to be fetched; they are not in ``items``."""
+
+
+class Scheduler:
+    """All sequences of one engine and its page pool."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.pages_free = limits.pages
+        self.sequences: dict[str, Sequence] = {}
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.loading = 0
+        self.preemptions = 0
+
+    def add(
+        self, work_id: str, stage: Stage, body: Body, first_tokens: tuple[int, ...] = (), handoff: bytes = b""
+    ) -> None:
+        """Queue a sequence. Raises ``EngineError`` if it can never run here."""
+        limits, prompt = self.limits, len(body.prompt)
+        if work_id in self.sequences:
+            raise EngineError(f"work {work_id} is already here")
+        room = limits.max_model_len - prompt
+        if room < 1:
+            raise EngineError(f"prompt of {prompt} tokens, the model takes {limits.max_model_len - 1} at most")
+        limit = min(room, body.max_tokens if body.max_tokens is not None else room)
+        if limits.pages_for(prompt + limit) > limits.pages:
+            raise EngineError(
+                f"request of {prompt + limit} tokens needs {limits.pages_for(prompt + limit)} pages,"
+                f" the engine has {limits.pages}"
+            )
+        sequence = Sequence(
+            work_id=work_id,
+            stage=stage,
+            prompt=prompt,
+            limit=limit,
+            min_tokens=body.min_tokens,
+            stop_token_ids=body.stop_token_ids,
+            digest=digest_of([*body.prompt, *first_tokens]),
+            generated=len(first_tokens),
+            handoff=handoff,
+        )
+        self.sequences[work_id] = sequence
+        self.waiting.append(sequence)
+
+    def schedule(self) -> Batch:
+        """Plan a step and allocate its pages."""
+        batch, budget = Batch(), self.limits.step_tokens
+        index = 0
+        preempted = False
+        while index < len(self.running):
+            sequence = self.running[index]
+            tokens = self._chunk(sequence, budget, batch)
+            if tokens and not self._grow(sequence, sequence.computed + tokens):
+                # The newest sequence made room with its own pages, or was this one.
+                preempted = True
+                if sequence.phase is not Phase.RUNNING:
+                    break
+                continue
+            index += 1
+            if tokens:
+                budget -= tokens
+                self._put(batch, sequence, tokens)
+        if not preempted:
+            self._admit(batch, budget)
+        return batch
+
+    def complete(self, batch: Batch) -> list[EngineOutput]:
+        """Carry the step out; prefill work that goes on elsewhere is ``HELD`` afterwards, its output not yielded
+        here but by ``hand_off``."""
+        outputs = []
+        for sequence, tokens in batch.items:
+            if sequence.phase is not Phase.RUNNING:
+                continue
+            sequence.computed += tokens
+            if sequence.computed == sequence.length:
+                outputs.append(self._sample(sequence))
+        if outputs:
+            self.running = [sequence for sequence in self.running if sequence.phase is Phase.RUNNING]
+        return outputs
+
+    def loaded(self, sequence: Sequence, *, ok: bool, cached: int = 0) -> None:
+        """The fetch of a sequence's pages ended; on failure it computes everything."""
+        if sequence.phase is not Phase.LOADING:
+            return
+        self.loading -= 1
+        sequence.phase = Phase.RUNNING
+        sequence.handoff = b""
+        if ok:
+            # One token at least is computed here: it is the one that yields the next.
+            sequence.computed = min(sequence.prompt, sequence.length - 1)
+            sequence.cached = cached
+        self.running.append(sequence)
+
+    def abort(self, work_id: str) -> Phase | None:
+        """Drop a sequence and free its pages; returns the phase it was in, None if unknown."""
+        sequence = self.sequences.get(work_id)
+        if sequence is None:
+            return None
+        phase = sequence.phase
+        if phase is Phase.WAITING:
+            self.waiting.remove(sequence)
+        elif phase is Phase.RUNNING:
+            self.running.remove(sequence)
+        elif phase is Phase.LOADING:
+            self.loading -= 1
+        self._drop(sequence)
+        return phase
+
+    def release(self, work_id: str) -> bool:
+        """Free the pages of held work; False if it is not held."""
+        sequence = self.sequences.get(work_id)
+        if sequence is None or sequence.phase is not Phase.HELD:
+            return False
+        self._drop(sequence)
+        return True
+
+    def check(self) -> None:
+        """Assert that every page has one owner and every sequence one place."""
+        owned = sum(sequence.pages for sequence in self.sequences.values())
+        assert self.pages_free >= 0
+        assert owned + self.pages_free == self.limits.pages
+        phases = [sequence.phase for sequence in self.sequences.values()]
+        assert phases.count(Phase.RUNNING) == len(self.running) == len(set(self.running))
+        assert phases.count(Phase.WAITING) == len(self.waiting)
+        assert phases.count(Phase.LOADING) == self.loading
+        assert len(self.running) + self.loading <= self.limits.slots
+        assert Phase.GONE not in phases
+        assert all(sequence.pages == 0 for sequence in self.waiting)
+        for sequence in self.running:
+            assert self.limits.pages_for(sequence.computed) <= sequence.pages
+            assert sequence.computed < sequence.length
+
+    def _chunk(self, sequence: Sequence, budget: int, batch: Batch) -> int:
+        """Tokens that ``sequence`` computes in this step."""
+        limits, pending = self.limits, sequence.length - sequence.computed
+        if not limits.chunked:
+            # A prompt longer than the budget has a step of its own.
+            return pending if pending <= budget or not batch.items else 0
+        if limits.long_prompt_tokens is not None and pending > limits.long_prompt_tokens:
+            pending = limits.long_prompt_tokens
+        return min(pending, budget)
+
+    def _grow(self, sequence: Sequence, tokens: int) -> bool:
+        """Give ``sequence`` pages for ``tokens``; else preempt the newest running one and return False."""
+        missing = self.limits.pages_for(tokens) - sequence.pages
+        if missing <= self.pages_free:
+            if missing > 0:
+                self.pages_free -= missing
+                sequence.pages += missing
+            return True
+        victim = self.running.pop()
+        self.pages_free += victim.pages
+        victim.pages = victim.computed = 0
+        victim.phase = Phase.WAITING
+        self.waiting.appendleft(victim)
+        self.preemptions += 1
+        return False
+
+    def _admit(self, batch: Batch, budget: int) -> None:
+        limits = self.limits
+        while self.waiting and len(self.running) + self.loading < limits.slots:
+            sequence = self.waiting[0]
+            need = limits.pages_for(sequence.length)
+            tokens = self._chunk(sequence, budget, batch)
+            if need > self.pages_free or not (tokens or sequence.handoff):
+                return
+            self.waiting.popleft()
+            self.pages_free -= need
+            sequence.pages = need
+            if sequence.handoff:
+                sequence.phase = Phase.LOADING
+                self.loading += 1
+                batch.loads.append(sequence)
+                continue
+            sequence.phase = Phase.RUNNING
+            self.running.append(sequence)
+            budget -= tokens
+            self._put(batch, sequence, tokens)
+
+    @staticmethod
+    def _put(batch: Batch, sequence: Sequence, tokens: int) -> None:
+        batch.items.append((sequence, tokens))
+        of_prompt = max(0, min(sequence.computed + tokens, sequence.prompt) - sequence.computed)
+        sequence.prefilled += of_prompt
+        batch.prefill_tokens += of_prompt
+        batch.decodes += of_prompt == 0
+
+    def _sample(self, sequence: Sequence) -> EngineOutput:
+        token = next_token(sequence.digest)
+        if sequence.generated < sequence.min_tokens:
+            while token in sequence.stop_token_ids:
+                token = FIRST_TOKEN_ID + (token - FIRST_TOKEN_ID + 1) % TOKEN_IDS
+        sequence.digest = zlib.crc32(token.to_bytes(4, "little"), sequence.digest)
+        sequence.generated += 1
+        first, sequence.yielded = not sequence.yielded, True
+        reason: Reason | None = None
+        if token in sequence.stop_token_ids:
+            reason = Reason.STOP
+        elif sequence.generated >= sequence.limit:
+            reason = Reason.LENGTH
+        if reason is not None:
+            self._drop(sequence)
+        elif sequence.stage is Stage.PREFILL:
+            sequence.phase = Phase.HELD
+        return EngineOutput(
+            work_id=sequence.work_id,
+            tokens=[token],
+            reason=reason,
+            stop_reason=token if reason is Reason.STOP else None,
+            cached_tokens=sequence.cached if first else None,
+            computed_tokens=sequence.prefilled if first else None,
+        )
+
+    def _drop(self, sequence: Sequence) -> None:
+        self.pages_free += sequence.pages
+        sequence.pages = 0
+        sequence.phase = Phase.GONE
+        del self.sequences[sequence.work_id]

@@ -1,0 +1,120 @@
+"""Metrics of the workers of one process, on a registry passed in."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from llmserve.bus.messages import Accepted, Refused, Role
+from llmserve.workers.actions import Event, Status
+from llmserve.workers.engine.base import EngineLoad, Step, Transfer
+from llmserve.workers.state import WorkerState
+
+_STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.3, 2.6, 5.0)
+_TRANSFER_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_LABELS = ("worker", "role")
+
+
+class WorkerMetrics:
+    """All families; ``of`` gives the series of one worker. Make it once a registry.
+
+    ``worker`` is the replica's name, which survives its restarts, so that their number does not grow the registry.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        transfer = (*_LABELS, "engine", "direction")
+        self.transfer_bytes = Counter(
+            "llmserve_transfer_bytes", "KV bytes moved between engines", transfer, registry=registry
+        )
+        self.transfer_seconds = Histogram(
+            "llmserve_transfer_seconds", "Time of one KV transfer", transfer, buckets=_TRANSFER_S, registry=registry
+        )
+        self.transfer_failures = Counter(
+            "llmserve_transfer_failures", "KV transfers that failed", (*transfer, "kind"), registry=registry
+        )
+        self.step_seconds = Histogram(
+            "llmserve_engine_step_seconds",
+            "Time between two outputs of a busy engine",
+            _LABELS,
+            buckets=_STEP_S,
+            registry=registry,
+        )
+        self.prefill_tokens = Counter("llmserve_prefill_tokens", "Prompt tokens computed", _LABELS, registry=registry)
+        self.decode_tokens = Counter("llmserve_decode_tokens", "Output tokens yielded", _LABELS, registry=registry)
+        self.requests = Gauge(
+            "llmserve_worker_requests", "Requests on the worker", (*_LABELS, "state"), registry=registry
+        )
+        self.pages = Gauge("llmserve_worker_kv_pages", "KV pages", (*_LABELS, "state"), registry=registry)
+        self.page_bytes = Gauge("llmserve_kv_page_bytes", "Size of a KV page", _LABELS, registry=registry)
+        self.events = Counter(
+            "llmserve_worker_events", "Events sent to the router", (*_LABELS, "event"), registry=registry
+        )
+        self.failures = Counter(
+            "llmserve_worker_failures", "Operations that failed", (*_LABELS, "what"), registry=registry
+        )
+        self.restarts = Counter(
+            "llmserve_engine_restarts", "Engines started again after they died", _LABELS, registry=registry
+        )
+
+    def of(self, worker: str, role: Role) -> OneWorker:
+        return OneWorker(self, worker, role)
+
+
+class OneWorker:
+    """The series of one worker."""
+
+    def __init__(self, families: WorkerMetrics, worker: str, role: Role) -> None:
+        self._families = families
+        self._labels = (worker, str(role))
+        self._counts_output = role is not Role.PREFILL
+        self._step_seconds = families.step_seconds.labels(*self._labels)
+        self._prefill_tokens = families.prefill_tokens.labels(*self._labels)
+        self._decode_tokens = families.decode_tokens.labels(*self._labels)
+        self._restarts = families.restarts.labels(*self._labels)
+
+    def stepped(self, step: Step, seconds: float | None) -> None:
+        """``seconds`` since the last output, None if the engine was idle."""
+        if seconds is not None:
+            self._step_seconds.observe(seconds)
+        if step.prefill_tokens:
+            self._prefill_tokens.inc(step.prefill_tokens)
+        if self._counts_output:
+            self._decode_tokens.inc(sum(len(output.tokens) for output in step.outputs))
+        for transfer in step.transfers:
+            self._transferred(transfer)
+
+    def _transferred(self, transfer: Transfer) -> None:
+        labels = (*self._labels, transfer.engine, transfer.direction)
+        self._families.transfer_bytes.labels(*labels).inc(transfer.bytes_moved)
+        if transfer.failure:
+            self._families.transfer_failures.labels(*labels, transfer.failure).inc()
+        else:
+            self._families.transfer_seconds.labels(*labels).observe(transfer.seconds)
+
+    def told(self, event: Event) -> None:
+        name = type(event).__name__.lower()
+        if isinstance(event, Accepted | Refused):
+            name = f"{name}_{event.stage}"
+        self._families.events.labels(*self._labels, name).inc()
+
+    def failed(self, what: str) -> None:
+        self._families.failures.labels(*self._labels, what).inc()
+
+    def restarted(self) -> None:
+        self._restarts.inc()
+
+    def show(self, state: WorkerState, load: EngineLoad) -> None:
+        """Where the worker stands; once a heartbeat is enough."""
+        for status in Status:
+            self._families.requests.labels(*self._labels, status.value).set(state.count(status))
+        self._families.page_bytes.labels(*self._labels).set(state.info.page_bytes)
+        self._pages(load.pages_free, state.info.pages_total - load.pages_free)
+
+    def gone(self) -> None:
+        """The worker is away: nothing runs and it has no pages."""
+        for status in Status:
+            self._families.requests.labels(*self._labels, status.value).set(0)
+        self._pages(0, 0)
+
+    def _pages(self, free: int, used: int) -> None:
+        self._families.pages.labels(*self._labels, "free").set(free)
+        self._families.pages.labels(*self._labels, "used").set(used)

@@ -1,0 +1,285 @@
+"""One worker: the decisions of ``WorkerState`` between a bus and an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine, Iterable
+from dataclasses import dataclass
+
+from llmserve.bus.base import Bus, BusError, Subscription
+from llmserve.bus.membership import Beater
+from llmserve.bus.messages import AnyMessage, Cancel, Failed, Grant, Heartbeat, Result, Sync
+from llmserve.workers.actions import (
+    Abort,
+    Action,
+    Beat,
+    Complete,
+    Deliver,
+    Event,
+    Fetch,
+    Submit,
+    Task,
+    Tell,
+)
+from llmserve.workers.engine.base import Engine, EngineDied, EngineError, EngineInfo, EngineLoad
+from llmserve.workers.metrics import OneWorker
+from llmserve.workers.reports import Identity
+from llmserve.workers.state import WorkerState
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerDied(Exception):
+    """The worker's engine died; everything that ran on it was reported as failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What a worker needs to know beside its engine."""
+
+    lease_s: float = 30.0
+    """How long its engine holds prefilled pages for a decode worker."""
+    remember_s: float = 60.0
+    """How long cancelled and ended requests are remembered."""
+    parallel_completions: int = 16
+    """Results that are being recorded at once."""
+
+
+class Worker:
+    """``start``, then ``run`` until ``drain`` or ``stop`` is called, or the engine dies.
+
+    The bus stays the caller's, who closes it. Restarted workers need a new ``Worker`` with another member id.
+    """
+
+    def __init__(
+        self, bus: Bus, engine: Engine, identity: Identity, settings: WorkerSettings, metrics: OneWorker
+    ) -> None:
+        self.state: WorkerState
+        self._bus = bus
+        self._engine = engine
+        self._identity = identity
+        self._settings = settings
+        self._metrics = metrics
+        self._beater = Beater(bus, self._heartbeat)
+        self._subscriptions: list[Subscription] = []
+        self._completions: asyncio.Queue[Complete] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ended = asyncio.Event()
+        self._progress = asyncio.Event()
+        self._running = False
+        self._stopped = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether it serves."""
+        return bool(self._subscriptions) and not self._stopped
+
+    async def start(self) -> EngineInfo:
+        """Start the engine and join the deployment. Raises ``EngineError`` or ``BusError``; close with ``stop``."""
+        info = await self._engine.start()
+        settings, subjects = self._settings, self._bus.subjects
+        self.state = WorkerState(self._identity, info, lease_s=settings.lease_s, remember_s=settings.remember_s)
+        for subject in (subjects.work(self._identity.member), subjects.control):
+            self._subscriptions.append(await self._bus.subscribe(subject, self._on_message))
+        self._bus.on_reconnect(self._on_reconnect)
+        for _ in range(settings.parallel_completions):
+            self._spawn(self._complete())
+        self._beater.start()
+        return info
+
+    async def run(self) -> None:
+        """Step the engine until the worker is stopped. Raises ``WorkerDied``."""
+        self._running = True
+        stepping = asyncio.create_task(self._step_for_ever())
+        ended = asyncio.create_task(self._ended.wait())
+        try:
+            await asyncio.wait((stepping, ended), return_when=asyncio.FIRST_COMPLETED)
+            if not stepping.done():
+                return
+            error = stepping.exception()
+            cause = f"engine died: {error}"
+            self._act(self.state.give_up(cause, time.monotonic()))
+            if isinstance(error, EngineDied):
+                raise WorkerDied(cause) from error
+            if error is not None:
+                raise error
+        finally:
+            self._running = False
+            self._progress.set()
+            stepping.cancel()
+            ended.cancel()
+            await asyncio.gather(stepping, ended, return_exceptions=True)
+
+    async def drain(self, deadline_s: float) -> None:
+        """Take no more grants, let what runs end and what is held be fetched, then ``stop``.
+
+        What is left after ``deadline_s``, or when ``run`` ends before, is reported as failed.
+        """
+        self._act(self.state.drain())
+        try:
+            async with asyncio.timeout(deadline_s):
+                while self._running and not self.state.idle:
+                    self._progress.clear()
+                    await self._progress.wait()
+        except TimeoutError:
+            logger.warning("worker %s: %d requests did not end in time", self._identity.member, len(self.state.tasks))
+        await self.stop("the worker's drain deadline passed")
+
+    async def stop(self, cause: str = "the worker stops") -> None:
+        """Report what still runs as failed, leave, and close the engine. Never raises, may be called twice."""
+        if self._stopped:
+            return
+        self._stopped = True
+        self._ended.set()
+        await self._beater.stop()
+        if self._subscriptions:
+            await self._leave(cause)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._engine.close()
+        self._metrics.gone()
+
+    async def _leave(self, cause: str) -> None:
+        for subscription in self._subscriptions:
+            try:
+                await subscription.unsubscribe()
+            except BusError as error:
+                self._failed("unsubscribe", error)
+        self._act(self.state.give_up(cause, time.monotonic()))
+        try:
+            async with asyncio.timeout(2.0):
+                await self._completions.join()
+        except TimeoutError:
+            logger.warning("worker %s: results were not recorded in time", self._identity.member)
+        try:
+            self._bus.publish(self._bus.subjects.heartbeats, self.state.heartbeat(EngineLoad(), leaving=True))
+            await self._bus.flush()
+        except BusError as error:
+            self._failed("leave", error)
+
+    # -- in --------------------------------------------------------------------------------------------------------
+
+    def _on_message(self, message: AnyMessage) -> None:
+        now_s = time.monotonic()
+        if isinstance(message, Grant):
+            self._act(self.state.granted(message, now_s))
+        elif isinstance(message, Cancel):
+            self._act(self.state.cancelled(message.request_ids, now_s))
+        elif isinstance(message, Sync):
+            self._act(self.state.synced(message, now_s))
+
+    async def _on_reconnect(self) -> None:
+        if self.alive:
+            self._beater.changed()
+
+    async def _step_for_ever(self) -> None:
+        last_s = time.monotonic()
+        while True:
+            busy = self._engine.load().running > 0
+            step = await self._engine.step()
+            now_s = time.monotonic()
+            self._metrics.stepped(step, now_s - last_s if busy else None)
+            last_s = now_s
+            self._act(self.state.stepped(step, now_s))
+
+    # -- out -------------------------------------------------------------------------------------------------------
+
+    def _act(self, actions: Iterable[Action]) -> None:
+        """Carry actions out in their order; what they lead to comes right after each."""
+        for action in actions:
+            match action:
+                case Deliver():
+                    self._publish(self._bus.subjects.gateway(action.gateway), action)
+                case Tell():
+                    self._publish(self._bus.subjects.events, action)
+                case Submit():
+                    self._submit(action)
+                case Abort():
+                    self._engine.abort(action.work_ids)
+                case Fetch():
+                    self._spawn(self._fetch(action.grant))
+                case Complete():
+                    self._completions.put_nowait(action)
+                case Beat():
+                    self._beat(at_once=action.at_once)
+        self._progress.set()
+
+    def _publish(self, subject: str, action: Deliver | Tell) -> None:
+        message = action.deltas if isinstance(action, Deliver) else action.event
+        try:
+            self._bus.publish(subject, message)
+        except BusError as error:
+            self._failed("publish", error)
+        if isinstance(action, Tell):
+            self._log(action.event)
+            self._metrics.told(action.event)
+
+    def _beat(self, *, at_once: bool) -> None:
+        if self._stopped:
+            return
+        if not at_once:
+            self._beater.changed()
+            return
+        try:
+            self._beater.beat()
+        except BusError as error:
+            self._failed("heartbeat", error)
+
+    def _submit(self, action: Submit) -> None:
+        try:
+            self._engine.submit(action.work)
+        except EngineError as error:
+            self._act(self.state.refused(action, str(error), retry=isinstance(error, EngineDied)))
+        else:
+            self._act(self.state.accepted(action))
+
+    async def _fetch(self, grant: Grant) -> None:
+        try:
+            stored = await self._bus.fetch(grant.seq)
+        except BusError as error:
+            self._failed("fetch", error)
+            self._act(self.state.not_fetched(grant, f"the request cannot be fetched: {error}"))
+        else:
+            self._act(self.state.fetched(grant, stored, time.monotonic()))
+
+    async def _complete(self) -> None:
+        while True:
+            action = await self._completions.get()
+            try:
+                await self._record(action.task, action.result)
+            finally:
+                self._completions.task_done()
+
+    async def _record(self, task: Task, result: Result) -> None:
+        try:
+            recorded = await self._bus.finish(task.seq, task.tenant, result)
+        except BusError as error:
+            self._failed("finish", error)
+            self._act(self.state.not_completed(task, f"its result cannot be recorded: {error}", time.monotonic()))
+            return
+        if not recorded:
+            logger.info("another completion was first", extra={"request_id": result.request_id})
+        self._act(self.state.completed(task, result.reason, time.monotonic()))
+
+    def _heartbeat(self) -> Heartbeat:
+        load = self._engine.load()
+        self._metrics.show(self.state, load)
+        return self.state.heartbeat(load)
+
+    def _spawn(self, call: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(call)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _log(self, event: Event) -> None:
+        if isinstance(event, Failed):
+            logger.warning(
+                "failed: %s", event.error, extra={"request_id": event.request_id, "attempt": event.attempt}
+            )
+
+    def _failed(self, what: str, error: BusError) -> None:
+        self._metrics.failed(what)
+        logger.error("worker %s: %s failed: %s", self._identity.member, what, error)
