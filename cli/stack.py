@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry
 
 from llmserve.bus.endpoint import BusEndpoint
-from llmserve.bus.flow.router import Router
 from llmserve.bus.flow.settings import RouterSettings
-from llmserve.bus.membership import Beater
-from llmserve.bus.messages import Heartbeat, Role
+from llmserve.bus.messages import Role
 from llmserve.bus.metrics import BusMetrics
 from llmserve.bus.nats import NatsBus, connect
 from llmserve.bus.server import EmbeddedServer
@@ -26,6 +24,9 @@ from llmserve.bus.telemetry import MetricsServer
 from llmserve.cli.display import Progress
 from llmserve.manifests.schema import Manifest
 from llmserve.manifests.state import state_dir
+from llmserve.workers.metrics import WorkerMetrics
+from llmserve.workers.router_service import RouterService
+from llmserve.workers.service import WorkerService
 
 if TYPE_CHECKING:
     from llmserve.gateway.gateway import Gateway
@@ -48,6 +49,7 @@ class Stack:
         self._closing = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
         self._bus_metrics = BusMetrics(self.registry)
+        self._worker_metrics = WorkerMetrics(self.registry)
         self._gateway: Gateway | None = None
         self._metrics = MetricsServer(
             self.registry, manifest.spec.gateway.host, manifest.spec.gateway.metrics_port, self._alive
@@ -128,15 +130,10 @@ class Stack:
 
     async def _start_router(self, endpoint: BusEndpoint) -> None:
         async with self._progress.part("router"):
-            member = member_id("router")
-            bus = await self._connect(endpoint, member)
-            router = Router(bus, RouterSettings.from_manifest(self.manifest), member, registry=self.registry)
-            await router.start()
-            beater = Beater(bus, lambda: _heartbeat(member, Role.ROUTER, router.epoch))
-            beater.start()
-        self._closing.push_async_callback(router.stop)
-        self._closing.push_async_callback(beater.stop)
-        self._spawn(router.run(), "router")
+            bus = await self._connect(endpoint, "router")
+            service = RouterService(bus, RouterSettings.from_manifest(self.manifest), self.registry)
+            self._spawn(service.run(), "router")
+        self._closing.push_async_callback(service.stop)
 
     async def _start_gateway(self, endpoint: BusEndpoint) -> None:
         async with self._progress.part("gateway", "vLLM's OpenAI server, without an engine"):
@@ -150,16 +147,20 @@ class Stack:
         self._spawn(self._gateway.serve(), "gateway")
 
     async def _start_worker(self, endpoint: BusEndpoint, role: Role, name: str) -> None:
-        raise NotImplementedError
+        model = self.manifest.spec.models.primary.id
+        async with self._progress.part(name, f"{self.manifest.spec.engine.kind} engine, {model}"):
+            bus = await self._connect(endpoint, name)
+            service = WorkerService(
+                self.manifest, role, bus, name, self._worker_metrics, engine_mode="process", restart=True
+            )
+            self._closing.push_async_callback(service.stop)
+            await service.start()
+        self._spawn(service.run(), name)
 
 
 def member_id(name: str) -> str:
     """A member id of this incarnation: a restarted one is another member."""
     return f"{name}-{secrets.token_hex(4)}"
-
-
-def _heartbeat(member: str, role: Role, epoch: int) -> Heartbeat:
-    return Heartbeat(member=member, role=role, host=socket.gethostname(), pid=os.getpid(), epoch=epoch)
 
 
 def _require_free(host: str, port: int, field: str) -> None:
