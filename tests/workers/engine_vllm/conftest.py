@@ -1,4 +1,4 @@
-"""One pair of engines for the session: the prefill engine in a thread of this process, the decode engine in a child."""
+"""One pair of engines for the session: prefill in a thread of this process, decode in a child."""
 
 from __future__ import annotations
 

@@ -154,21 +154,15 @@ class Pair:
     prefill: Driver
     decode: Driver
 
-    async def handed_over(self, data: bytes, *, whole_output: bool = False, wait_s: float = 0.0) -> Collected:
-        """Prefill here, decode there; the decode's outputs, with the first token in front."""
-        first = await self.prefill.run(Stage.PREFILL, data, whole_output=whole_output)
-        await asyncio.sleep(wait_s)
-        return await self.decoded(data, first, whole_output=whole_output)
-
     async def decoded(self, data: bytes, first: Collected, *, whole_output: bool = False) -> Collected:
-        rest = await self.decode.run(
+        """The decode after the prefill ``first``."""
+        return await self.decode.run(
             Stage.DECODE,
             data,
             whole_output=whole_output,
             first_tokens=tuple(first.tokens),
             handoff=first.last.handoff,
         )
-        return rest
 
     async def whole(self, data: bytes) -> list[int]:
         """The reference: the same request on one engine."""

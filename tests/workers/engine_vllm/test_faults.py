@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -128,7 +127,7 @@ class BrokenCore:
 
     batch_queue = None
 
-    class scheduler:  # noqa: N801
+    class scheduler:
         @staticmethod
         def has_requests() -> bool:
             return True
@@ -140,12 +139,12 @@ class BrokenCore:
 
 
 async def test_a_failure_in_the_thread_is_passed_on_and_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    heard: list[Any] = []
+    heard: asyncio.Queue[Any] = asyncio.Queue()
     monkeypatch.setattr(ThreadCore, "_create", lambda self: (BrokenCore(), Pages(1, 1, 1, "")))
     core = ThreadCore(config=None, threads=1)
-    await core.start(heard.append)
-    deadline = time.monotonic() + 10
-    while not heard and time.monotonic() < deadline:
-        await asyncio.sleep(0.01)
+    await core.start(heard.put_nowait)
+    async with asyncio.timeout(10):
+        error = await heard.get()
     await core.close()
-    assert [str(error) for error in heard] == ["the device is gone"]
+    assert str(error) == "the device is gone"
+    assert heard.empty()
