@@ -115,7 +115,7 @@ class StreamFollower(Follower):
                 last_seq,
             )
             self._next_seq = last_seq + 1
-        deliver = f"{self._connection.inbox.root}.follow.{generation}"
+        deliver = self._connection.inbox.fresh()
         self._raw = await self._connection.subscribe(deliver, lambda message: self._receive(message, generation))
         made = await self._api.call(f"CONSUMER.CREATE.{self._stream}", self._request(deliver))
         self._consumer = made.name

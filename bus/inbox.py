@@ -47,7 +47,7 @@ class Inbox:
     """
 
     def __init__(self, root: str, probe_age_s: float = 5.0) -> None:
-        self.root = root
+        self._root = root
         self._prefix = f"{root}.reply"
         self._probe_age_s = probe_age_s
         self._count = 0
@@ -57,6 +57,10 @@ class Inbox:
     @property
     def wildcard(self) -> str:
         return f"{self._prefix}.*"
+
+    def fresh(self) -> str:
+        """A subject of the connection's own, outside the wildcard, for a subscription of its own."""
+        return f"{self._root}.own.{self._next()}"
 
     def expect(self, timeout_s: float) -> tuple[str, asyncio.Future[Reply]]:
         """(reply subject, future of the reply); the future raises ``TimeoutError`` or ``Disconnected``."""

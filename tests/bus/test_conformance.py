@@ -188,6 +188,27 @@ async def test_a_follower_sees_what_was_there_then_what_comes_in_order(bus: AnyB
     assert (seen[-1].tenant, seen[-1].klass, seen[-1].request) == ("t4", "batch", a_request("c4"))
 
 
+async def test_two_followers_of_one_member_each_see_every_request_once(bus: AnyBus) -> None:
+    before = await bus.accept(a_request("before"), "acme", "batch")
+    seen: tuple[list[int], list[int]] = ([], [])
+    await bus.follow(lambda stored: seen[0].append(stored.seq))
+    await bus.follow(lambda stored: seen[1].append(stored.seq))
+    after = await bus.accept(a_request("after"), "acme", "batch")
+    await until(lambda: all(after in one for one in seen))
+    assert seen == ([before, after], [before, after])
+
+
+async def test_a_follower_that_ended_sees_nothing_more(bus: AnyBus) -> None:
+    ended: list[int] = []
+    going_on: list[int] = []
+    first = await bus.follow(lambda stored: ended.append(stored.seq))
+    await bus.follow(lambda stored: going_on.append(stored.seq))
+    await first.unsubscribe()
+    await bus.accept(a_request("a"), "acme", "batch")
+    await until(lambda: going_on)
+    assert not ended
+
+
 async def test_a_follower_of_an_empty_stream_is_caught_up(bus: AnyBus) -> None:
     follower = await bus.follow(lambda _: None)
     async with asyncio.timeout(5):
