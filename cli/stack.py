@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import os
 import secrets
@@ -77,7 +78,9 @@ class Stack:
         self._closing.push_async_callback(self._metrics.stop)
         endpoint = await self._start_nats()
         await self._start_router(endpoint)
-        # Engines and the gateway's imports take both cores for a while anyway: together, then.
+        async with self._progress.part("vllm", "imports"):
+            # Once and by one thread: vLLM's and transformers' lazy imports are not safe in several.
+            await asyncio.to_thread(_import_vllm)
         async with asyncio.TaskGroup() as parts:
             parts.create_task(self._start_gateway(endpoint))
             for role, count in self._replicas():
@@ -161,6 +164,13 @@ class Stack:
 def member_id(name: str) -> str:
     """A member id of this incarnation: a restarted one is another member."""
     return f"{name}-{secrets.token_hex(4)}"
+
+
+def _import_vllm() -> None:
+    from llmserve.gateway.vllm_app import prepare_environment
+
+    prepare_environment()
+    importlib.import_module("vllm.entrypoints.openai.api_server")
 
 
 def _require_free(host: str, port: int, field: str) -> None:

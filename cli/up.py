@@ -11,6 +11,9 @@ import os
 import signal
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
 
 import uvloop
 
@@ -18,10 +21,12 @@ from llmserve.bus.base import BusError
 from llmserve.bus.telemetry import configure_logging
 from llmserve.cli.display import Progress
 from llmserve.cli.stack import Stack, StackFailed
+from llmserve.gateway.log import BindCaller
 from llmserve.manifests.errors import ManifestError
 from llmserve.manifests.loader import load, resolve
 from llmserve.manifests.models import ModelError
 from llmserve.manifests.schema import Manifest
+from llmserve.manifests.state import state_dir
 from llmserve.manifests.support import require_supported
 from llmserve.workers.engine.base import EngineError
 
@@ -34,27 +39,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nats", metavar="URL", help="use this nats-server; by default the manifest's, or an embedded one"
     )
-    parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     parser.add_argument("--log-json", action="store_true", help="log JSON lines instead of text")
+    parser.add_argument("--log-here", action="store_true", help="log to the terminal instead of the state folder")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    configure_logging(getattr(logging, arguments.log_level.upper()), json=arguments.log_json)
     try:
         manifest = resolve(load(arguments.manifest), os.environ)
         require_supported(manifest)
-    except ManifestError as error:
+        terminal = _terminal(manifest, arguments.log_here)
+    except (ManifestError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+    configure_logging(getattr(logging, arguments.log_level.upper()), json=arguments.log_json, filters=(BindCaller(),))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_up(manifest, arguments.manifest, arguments.nats))
+        return runner.run(_up(manifest, arguments, terminal))
 
 
-async def _up(manifest: Manifest, path: str, nats_url: str | None) -> int:
+@dataclass(frozen=True, slots=True)
+class _Terminal:
+    """Where a person reads; everything else, the engines' own output too, goes to ``log``."""
+
+    out: TextIO
+    err: TextIO
+    log: Path | None
+
+
+def _terminal(manifest: Manifest, log_here: bool) -> _Terminal:
+    """Send this process's output and that of its children to the log, and keep the terminal for ourselves."""
+    if log_here:
+        return _Terminal(sys.stdout, sys.stderr, None)
+    folder = state_dir(manifest, os.environ)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log = folder / "up.log"
+    terminal = _Terminal(os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w"), log)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    return terminal
+
+
+async def _up(manifest: Manifest, arguments: argparse.Namespace, terminal: _Terminal) -> int:
     begun_s = time.monotonic()
-    progress = Progress()
-    progress.line(f"llmserve: {manifest.metadata.name}, from {path}")
-    stack = Stack(manifest, progress, nats_url)
+    progress = Progress(terminal.out)
+    progress.line(f"llmserve: {manifest.metadata.name}, from {arguments.manifest}")
+    if terminal.log is not None:
+        progress.line(f"log: {terminal.log}")
+    stack = Stack(manifest, progress, arguments.nats)
     stopping = _stop_signal()
     code = 0
     try:
@@ -65,7 +98,8 @@ async def _up(manifest: Manifest, path: str, nats_url: str | None) -> int:
             await serving
     except* (BusError, EngineError, ModelError, OSError, StackFailed) as errors:
         for error in _leaves(errors):
-            print(f"llmserve up: {error.strerror if isinstance(error, OSError) else error}", file=sys.stderr)
+            what = error.strerror if isinstance(error, OSError) else str(error)
+            print(f"llmserve up: {what}", file=terminal.err, flush=True)
         code = 2 if not stack.started else 1
     progress.line("stopping ...")
     try:

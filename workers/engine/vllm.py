@@ -66,7 +66,8 @@ class VllmEngine(Engine):
 
     async def start(self) -> EngineInfo:
         engine_id = f"{self._role}-{uuid.uuid4().hex}"
-        config = await asyncio.to_thread(self._prepare, engine_id)
+        # Not in a thread: vLLM's configuration keeps state of the process, and other engines may start beside this one.
+        config = self._prepare(engine_id)
         thread = self._options.mode == "thread"
         self._core = ThreadCore(config, self._options.threads) if thread else ProcessCore(config)
         pages = await self._core.start(self._sink)
