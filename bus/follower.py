@@ -89,6 +89,7 @@ class StreamFollower(Follower):
                     await self._doubt.wait()
             except TimeoutError:
                 if time.monotonic() - self._heard_s < _SILENCE_S or not self._connection.connected:
+                    await self._check_pending()
                     continue
                 logger.warning("stream %s: no heartbeat for %.0f s", self._stream, _SILENCE_S)
             try:
@@ -125,6 +126,20 @@ class StreamFollower(Follower):
 
     def _nothing_pending(self, made: Answer, generation: int) -> bool:
         return made.num_pending == 0 and generation == self._generation and self._delivery == 0
+
+    async def _check_pending(self) -> None:
+        """What was pending may have been deleted meanwhile: then no message says that it was the last."""
+        if self._caught_up.is_set() or not self._connection.connected:
+            return
+        try:
+            info = await self._api.call(f"CONSUMER.INFO.{self._stream}.{self._consumer}")
+        except BusError as error:
+            logger.warning("stream %s: the consumer does not answer: %s", self._stream, error)
+            self.doubt()
+            return
+        delivered = info.delivered.consumer_seq if info.delivered is not None else 0
+        if info.num_pending == 0 and delivered == self._delivery:
+            self._caught_up.set()
 
     def _request(self, deliver: str) -> object:
         return {
@@ -189,6 +204,3 @@ class StreamFollower(Follower):
         elif int(headers.get("Nats-Last-Consumer", self._delivery)) > self._delivery:
             logger.warning("stream %s: deliveries were lost", self._stream)
             self.doubt()
-        else:
-            # Idle and nothing lost: what was pending has been handled or was deleted meanwhile.
-            self._caught_up.set()

@@ -40,6 +40,10 @@ class StreamState(msgspec.Struct, frozen=True):
     last_seq: int
 
 
+class Delivered(msgspec.Struct, frozen=True):
+    consumer_seq: int
+
+
 class Answer(msgspec.Struct, frozen=True):
     """The fields of all the answers in use: each has some of them."""
 
@@ -49,6 +53,7 @@ class Answer(msgspec.Struct, frozen=True):
     duplicate: bool = False
     success: bool = False
     num_pending: int = 0
+    delivered: Delivered | None = None
     config: Config = {}
     state: StreamState | None = None
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 
 import nats
 import pytest
 
-from llmserve.bus.base import BusError, BusUnavailable, QueueFull
+from llmserve.bus.base import BusError, BusUnavailable, QueueFull, StoredRequest
 from llmserve.bus.messages import AnyMessage, Cancel
 from llmserve.bus.nats import connect
 from llmserve.bus.server import EmbeddedServer
@@ -230,15 +231,37 @@ async def test_garbage_on_the_request_stream_is_counted_and_followed_past(
 
 async def test_a_follower_that_cannot_keep_up_misses_nothing(server: EmbeddedServer, join_nats: JoinNats) -> None:
     accepting = await join_nats("gateway")
-    await asyncio.gather(*(accepting.accept(a_request(f"r{i}"), "acme", "batch") for i in range(500)))
-    following = await join_nats("router", BusSettings(pending_max_messages=200))
+    await asyncio.gather(*(accepting.accept(a_request(f"r{i}"), "acme", "batch") for i in range(300)))
+    following = await join_nats("router", BusSettings(pending_max_messages=64))
     seen: list[int] = []
-    follower = await following.follow(lambda stored: seen.append(stored.seq))
+
+    def stall_at_first(stored: StoredRequest) -> None:
+        seen.append(stored.seq)
+        if len(seen) == 1:
+            # Meanwhile more arrives than the subscription holds.
+            time.sleep(0.2)
+
+    follower = await following.follow(stall_at_first)
     async with asyncio.timeout(30):
         await follower.caught_up()
-    await until(lambda: len(seen) == 500)
-    assert seen == list(range(1, 501))
+    assert seen == list(range(1, 301))
     assert following.counters.slow_consumer > 0
+
+
+async def test_a_follower_catches_up_when_what_it_waits_for_is_deleted(
+    server: EmbeddedServer, join_nats: JoinNats
+) -> None:
+    bus, other = await join_nats("m"), await join_nats("n")
+    seqs = await asyncio.gather(*(bus.accept(a_request(f"r{i}"), "acme", "batch") for i in range(300)))
+
+    def stall_at_first(stored: StoredRequest) -> None:
+        if stored.seq == 1:
+            time.sleep(0.1)
+
+    follower = await other.follow(stall_at_first)
+    await asyncio.gather(*(bus.discard(seq) for seq in seqs[1:]))
+    async with asyncio.timeout(10):
+        await follower.caught_up()
 
 
 async def test_a_follower_outlives_its_consumer(server: EmbeddedServer, join_nats: JoinNats) -> None:
