@@ -162,7 +162,8 @@ class WorkerState:
 
     def _consider(self, grant: Grant, request: Request, now_s: float) -> list[Action]:
         newest = self._by_request.get(request.request_id)
-        outdated = newest is not None and newest.request.attempt > request.attempt
+        # The same attempt under another sequence was stored twice: one of them runs.
+        outdated = newest is not None and newest.request.attempt >= request.attempt
         if outdated or self._cancelled.get(request.request_id, now_s):
             return [self._reports.not_run(grant, request.request_id)]
         problem = self._problem(request)

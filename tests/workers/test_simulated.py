@@ -8,6 +8,7 @@ from collections import defaultdict
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from llmserve.bus.messages import Reason, Stage
@@ -73,6 +74,7 @@ async def test_tokens_are_a_function_of_all_tokens_before() -> None:
     await driver.engine.close()
 
 
+@hypothesis_settings(deadline=None)
 @given(st.lists(st.integers(0, 49_000), min_size=1, max_size=50))
 def test_tokens_stay_inside_the_vocabulary_and_off_the_special_ids(prompt: list[int]) -> None:
     assert all(FIRST_TOKEN_ID <= token < FIRST_TOKEN_ID + TOKEN_IDS <= 40_000 for token in expected(prompt, 5))
@@ -306,6 +308,7 @@ async def test_an_abort_during_the_transfer_frees_the_pages() -> None:
     await asyncio.gather(p.engine.close(), d.engine.close())
 
 
+@hypothesis_settings(deadline=None)
 @given(st.integers(0, 2**32), st.booleans(), st.sampled_from([None, 20]))
 def test_no_history_of_requests_loses_a_page_or_starves_a_request(
     seed: int, chunked: bool, long_prompt_tokens: int | None

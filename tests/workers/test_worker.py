@@ -27,7 +27,7 @@ from llmserve.bus.messages import (
     Sync,
 )
 from llmserve.workers.engine.base import EngineDied, Step
-from llmserve.workers.engine.simulated import SimulatedEngine
+from llmserve.workers.engine.simulated import SimulatedEngine, SimulatedSettings
 from llmserve.workers.worker import WorkerDied
 from tests.workers.world import FAST, World, expected, request, settings, until
 
@@ -344,15 +344,20 @@ async def test_a_higher_attempt_ends_the_lower_and_a_lower_one_is_not_run(world:
 class MortalEngine(SimulatedEngine):
     """Dies when told to."""
 
-    died = False
+    def __init__(self, sizes: SimulatedSettings) -> None:
+        super().__init__(sizes)
+        self.death = asyncio.Event()
 
     async def step(self) -> Step:
-        while not self.died:
-            try:
-                return await asyncio.wait_for(super().step(), 0.01)
-            except TimeoutError:
-                continue
-        raise EngineDied("out of luck")
+        stepping, dying = asyncio.create_task(super().step()), asyncio.create_task(self.death.wait())
+        try:
+            await asyncio.wait((stepping, dying), return_when=asyncio.FIRST_COMPLETED)
+            if dying.done():
+                raise EngineDied("out of luck")
+            return stepping.result()
+        finally:
+            stepping.cancel()
+            dying.cancel()
 
 
 async def test_when_the_engine_dies_all_its_work_is_reported_as_failed_and_run_raises(world: World) -> None:
@@ -361,7 +366,7 @@ async def test_when_the_engine_dies_all_its_work_is_reported_as_failed_and_run_r
     for name in "ab":
         await world.grant(worker, request(name, max_tokens=500))
     await until(lambda: len(world.events.of(Accepted)) == 2)
-    engine.died = True
+    engine.death.set()
     with pytest.raises(WorkerDied, match="out of luck"):
         await asyncio.wait_for(world.workers[0][1], 5)
     await until(lambda: len(world.events.of(Failed)) == 2)

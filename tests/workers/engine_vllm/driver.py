@@ -11,6 +11,7 @@ from llmserve.bus import frames
 from llmserve.bus.messages import Role, Stage
 from llmserve.manifests.models import resolve_model
 from llmserve.manifests.schema import (
+    DraftModel,
     Engine,
     KVCache,
     Manifest,
@@ -29,12 +30,15 @@ MODEL = "smollm2-135m"
 WAIT_S = 60.0
 
 
-def manifest(**transfer: Any) -> Manifest:
+def manifest(*, draft: bool = False, **transfer: Any) -> Manifest:
     """Small KV space, no prefix caching: what is computed shows."""
     return Manifest(
         metadata=Metadata(name="test"),
         spec=Spec(
-            models=Models(primary=PrimaryModel(id=MODEL, dtype="bf16", max_model_len=2048)),
+            models=Models(
+                primary=PrimaryModel(id=MODEL, dtype="bf16", max_model_len=2048),
+                draft=DraftModel(id=MODEL, speculative_tokens=3) if draft else None,
+            ),
             engine=Engine(enforce_eager=True, kv_space_gb=0.35, max_num_seqs=16),
             kv_cache=KVCache(prefix_caching=False),
             transfer=Transfer(**transfer),
@@ -87,9 +91,10 @@ class Driver:
     _number: int = 0
 
     @classmethod
-    async def open(cls, role: Role, mode: Mode, **transfer: Any) -> Driver:
+    async def open(cls, role: Role, mode: Mode, *, draft: bool = False, **transfer: Any) -> Driver:
         files = resolve_model(MODEL)
-        engine = VllmEngine(manifest(**transfer), role, VllmOptions(files.path, files.local, mode=mode))
+        options = VllmOptions(files.path, files.local, mode=mode, draft_path=files.path)
+        engine = VllmEngine(manifest(draft=draft, **transfer), role, options)
         driver = cls(engine, await engine.start())
         driver._task = asyncio.create_task(driver._read())
         return driver

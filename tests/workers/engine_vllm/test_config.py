@@ -78,11 +78,18 @@ def test_an_unquantized_kv_type_must_be_the_models() -> None:
         check_cache_dtype("fp16", "bfloat16")
 
 
-@pytest.mark.parametrize("role", list(Role))
-def test_only_workers_that_decode_speculate(role: Role) -> None:
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE, Role.BOTH])
+def test_the_draft_is_loaded_by_prefill_workers_too_since_its_pages_are_handed_over(role: Role) -> None:
     made = args(role, draft={"id": "d", "speculative_tokens": 3})
-    wanted = {"method": "draft_model", "model": "d", "num_speculative_tokens": 3}
-    assert made.get("speculative_config") == (wanted if role in (Role.DECODE, Role.BOTH) else None)
+    assert made["speculative_config"] == {"method": "draft_model", "model": "d", "num_speculative_tokens": 3}
+
+
+def test_pages_with_and_without_a_draft_are_of_different_kinds() -> None:
+    kinds = {
+        args(**spec)["kv_transfer_config"]["kv_connector_extra_config"]["model_id"]
+        for spec in ({}, {"draft": {"id": "d"}})
+    }
+    assert kinds == {"m", "m + d"}
 
 
 def test_a_disabled_draft_is_not_loaded() -> None:
