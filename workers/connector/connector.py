@@ -62,7 +62,7 @@ class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
             self._scheduler = SchedulerSide(self._settings())
 
     def _settings(self) -> SchedulerSettings:
-        groups = layout.handed_over_groups(self._kv_cache_config)
+        groups = tuple(self._kv_cache_config.transfer_group_ids)
         specs = [self._kv_cache_config.kv_cache_groups[g].kv_cache_spec for g in groups]
         parallel = self._vllm_config.parallel_config
         return SchedulerSettings(
@@ -111,7 +111,7 @@ class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         self.scheduler_side.on_new_request(request)
 
     def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:
-        return layout.handed_over_groups(self._kv_cache_config)
+        return tuple(self._kv_cache_config.transfer_group_ids)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         return self.scheduler_side.matched_tokens(request, num_computed_tokens)
@@ -146,8 +146,8 @@ class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 
         config = self._kv_cache_config
-        groups = [config.kv_cache_groups[g] for g in layout.handed_over_groups(config)]
-        names = [layout.target_layers(group.layer_names) for group in groups]
+        groups = [config.kv_cache_groups[g] for g in config.transfer_group_ids]
+        names = [layout.in_order(group.layer_names) for group in groups]
         strips = [[layout.strip_of(n, kv_caches[n], config.num_blocks) for n in layers] for layers in names]
         self.page_bytes = sum(strip.page_bytes for layers in strips for strip in layers)
         sample = kv_caches[names[0][0]]

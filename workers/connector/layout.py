@@ -13,26 +13,15 @@ from llmserve.kvstore.transfer.pages import Strip
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
-
-DRAFT_PREFIX = "draft_model."
-"""Of the layers of a draft model, which only decode workers have: they are not handed over."""
 
 
 class LayoutError(ValueError):
     """The engine's KV caches cannot be handed over page by page."""
 
 
-def handed_over_groups(kv_cache_config: KVCacheConfig) -> tuple[int, ...]:
-    """Ids of the KV cache groups that hold layers of the target model."""
-    groups = kv_cache_config.kv_cache_groups
-    return tuple(g for g in kv_cache_config.transfer_group_ids if target_layers(groups[g].layer_names))
-
-
-def target_layers(names: Sequence[str]) -> list[str]:
-    """The layers of the target model, in the order of the model."""
-    kept = [name for name in names if not name.startswith(DRAFT_PREFIX)]
-    return sorted(kept, key=lambda name: [(int(p), "") if p.isdigit() else (-1, p) for p in name.split(".")])
+def in_order(names: Sequence[str]) -> list[str]:
+    """Layers by number, those of a draft model apart: the same on every engine of the same models."""
+    return sorted(names, key=lambda name: [(int(p), "") if p.isdigit() else (-1, p) for p in name.split(".")])
 
 
 def strip_of(name: str, cache: object, pages: int) -> Strip:

@@ -66,7 +66,7 @@ class VllmEngine(Engine):
 
     async def start(self) -> EngineInfo:
         engine_id = f"{self._role}-{uuid.uuid4().hex}"
-        # Not in a thread: vLLM's configuration keeps state of the process, and other engines may start beside this one.
+        # Not in a thread: vLLM keeps state of the process, and other engines may start beside this one.
         config = self._prepare(engine_id)
         thread = self._options.mode == "thread"
         self._core = ThreadCore(config, self._options.threads) if thread else ProcessCore(config)

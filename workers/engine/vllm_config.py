@@ -70,7 +70,7 @@ def engine_args(manifest: Manifest, role: Role, options: VllmOptions, engine_id:
         "long_prefill_token_threshold": _long_prefill(manifest),
         "gpu_memory_utilization": engine.gpu_memory_utilization if options.device == "cuda" else None,
         "kv_cache_memory_bytes": _kv_bytes(manifest, options),
-        "speculative_config": _speculation(manifest, role, options),
+        "speculative_config": _speculation(manifest, options),
         "kv_transfer_config": _kv_transfer(manifest, role, options, engine_id),
         "distributed_executor_backend": _executor(manifest, options),
     }
@@ -121,15 +121,23 @@ def _kv_bytes(manifest: Manifest, options: VllmOptions) -> int | None:
     return None if whole is None else whole // _ranks(manifest)
 
 
-def _speculation(manifest: Manifest, role: Role, options: VllmOptions) -> dict[str, object] | None:
+def _speculation(manifest: Manifest, options: VllmOptions) -> dict[str, object] | None:
+    # Prefill workers load the draft as well: without its keys and values of the prompt, which are handed over with
+    # the target model's, a decode worker's drafts are hardly ever accepted.
     draft = manifest.spec.models.draft
-    if draft is None or not draft.enabled or role not in (Role.DECODE, Role.BOTH):
+    if draft is None or not draft.enabled:
         return None
     return {
         "method": "draft_model",
         "model": options.draft_path or draft.id,
         "num_speculative_tokens": draft.speculative_tokens,
     }
+
+
+def _models(manifest: Manifest) -> str:
+    models = manifest.spec.models
+    drafted = models.draft is not None and models.draft.enabled
+    return f"{models.primary.id} + {models.draft.id}" if drafted and models.draft else models.primary.id
 
 
 def _kv_transfer(manifest: Manifest, role: Role, options: VllmOptions, engine_id: str) -> object | None:
@@ -146,7 +154,7 @@ def _kv_transfer(manifest: Manifest, role: Role, options: VllmOptions, engine_id
             "lease_s": transfer.lease_s,
             "timeout_s": transfer.timeout_s,
             "engine_order": list(transfer.engine_order),
-            "model_id": manifest.spec.models.primary.id,
+            "model_id": _models(manifest),
             "io_bytes_s": io_gbps * 1e9 / 8 * options.io_share / _ranks(manifest) if io_gbps else None,
             # A thread of this process waits on its queue instead.
             "held_poll_s": 0.0 if options.mode == "thread" else _HELD_POLL_S,
