@@ -21,7 +21,7 @@ from llmserve.manifests.models import resolve_model
 from tests.bench.load import Load, closed_loop, prompt_bodies
 from tests.processes import ROOT, Process, Stack, answers, free_port, manifest_with, running, wait_for
 
-ROUNDS = 5
+ROUNDS = 3
 SERVED = "smollm2-135m"
 
 
