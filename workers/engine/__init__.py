@@ -63,13 +63,19 @@ def _vllm(manifest: Manifest, role: Role, mode: EngineMode, engines_here: int) -
         model_local=files.local,
         mode=mode if mode != "auto" else "thread" if alone else "process",
         device=on,
-        threads=max(1, len(os.sched_getaffinity(0)) // engines_here),
+        threads=_threads(len(os.sched_getaffinity(0)), engines_here),
         block_tokens=_block_tokens(manifest, files, on),
         draft_path=resolve_model(draft.id).path if draft is not None and draft.enabled else None,
         kv_bytes=engine_kv_space_bytes(manifest, on),
         io_share=1 / decode_engines(manifest),
     )
     return VllmEngine(manifest, role, options)
+
+
+def _threads(cores: int, engines: int) -> int:
+    """CPU threads of one engine: twice its part of the cores, since a prefill and a decode engine are rarely busy at
+    the same moment, and an idle machine's first token should not wait for one core while the other rests."""
+    return max(1, min(cores, 2 * cores // engines))
 
 
 def _block_tokens(manifest: Manifest, files: ModelFiles, on: Literal["cpu", "cuda"]) -> int | None:
