@@ -174,6 +174,8 @@ def environment(manifest: Manifest, options: VllmOptions) -> tuple[dict[str, str
     if options.device == "cpu":
         forced["OMP_NUM_THREADS"] = str(options.threads)
         default["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        # Idle OpenMP threads of one engine otherwise spin for milliseconds on the cores that another one computes on.
+        default["GOMP_SPINCOUNT"] = "10000"
         if manifest.spec.engine.enforce_eager:
             # Otherwise the first request with logprobs compiles for half a minute.
             default["TORCH_COMPILE_DISABLE"] = "1"
