@@ -135,8 +135,9 @@ class Process:
 def manifest_with(source: str, folder: Path, changes: Mapping[str, Any]) -> Path:
     """A copy of a shipped manifest in ``folder`` with dotted paths below ``spec`` replaced, on ports of its own."""
     content = yaml.safe_load((ROOT / "manifests" / source).read_text())
-    ports = {"gateway.port": free_port(), "gateway.metrics_port": free_port(), "bus.state_dir": str(folder / "state")}
-    for path, value in {**ports, **changes}.items():
+    ports: dict[str, Any] = {"gateway.port": free_port(), "gateway.metrics_port": free_port()}
+    state = {} if "bus.url" in changes else {"bus.state_dir": str(folder / "state")}
+    for path, value in {**ports, **state, **changes}.items():
         *parents, last = path.split(".")
         part = content["spec"]
         for parent in parents:

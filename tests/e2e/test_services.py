@@ -63,9 +63,10 @@ def test_a_key_is_needed(services: Services) -> None:
 def test_a_decode_worker_started_by_hand_gets_work_and_drains_on_sigterm(services: Services) -> None:
     command = [str(BIN / "llmserve-worker"), "--role", "decode", "--manifest", str(services.manifest)]
     command += ["--nats", services.nats_url, "--metrics-port", "0", "--name", "by-hand"]
-    by_hand = Process("by hand", command, services.folder / "by-hand.log", {"API_KEY": services.key})
+    env = {"API_KEY": services.key, "NATS_URL": services.nats_url}
+    by_hand = Process("by hand", command, services.folder / "by-hand.log", env)
     services.processes["by hand"] = by_hand
-    line = by_hand.wait_for_line("metrics", 120)
+    line = by_hand.wait_for_line("ready after", 120)
     url = next(word for word in line.split() if word.startswith("http"))
 
     def served() -> bool:

@@ -77,7 +77,7 @@ async def test_every_stream_ends_and_every_page_is_free_again(services: Services
     assert max(s.seconds for s in streams) < 12
     await settled(services)
     services.start(victim, victim.removesuffix("-2"))
-    services.processes[victim].wait_for_line("metrics", 30)
+    services.processes[victim].wait_for_line("ready after", 30)
 
 
 async def test_answers_are_the_same_with_and_without_a_death_in_between(services: Services) -> None:
@@ -93,7 +93,7 @@ async def test_answers_are_the_same_with_and_without_a_death_in_between(services
     services.processes["decode-2"].kill()
     assert await running == undisturbed
     services.start("decode-2", "decode")
-    services.processes["decode-2"].wait_for_line("metrics", 30)
+    services.processes["decode-2"].wait_for_line("ready after", 30)
 
 
 async def test_a_killed_gateway_leaves_nothing_running(services: Services) -> None:
