@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +122,8 @@ class Process:
         family = self.family()
         if self.child.poll() is None:
             self.child.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self.child.wait(15)
-            except subprocess.TimeoutExpired:
-                pass
         for process in family:
             if process.is_running():
                 process.kill()

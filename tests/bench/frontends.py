@@ -1,7 +1,7 @@
 """Two servers to compare the gateway with, each started as ``python -m tests.bench.frontends KIND PORT MANIFEST``.
 
 ``vllm``: vLLM's own OpenAI server on the simulated engine in the same process: no bus, no router.
-``floor``: a bare ASGI app on the same HTTP server that streams as many chunks of the same size, and does nothing else.
+``floor``: a bare ASGI app on the same HTTP server that streams as many chunks of the same size, and nothing else.
 """
 
 from __future__ import annotations

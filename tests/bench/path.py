@@ -17,7 +17,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from llmserve.manifests.models import resolve_model
-
 from tests.bench.load import Load, closed_loop, prompt_bodies
 from tests.processes import ROOT, Process, Stack, answers, free_port, manifest_with, running, wait_for
 

@@ -219,7 +219,7 @@ async def test_models_are_listed_and_shown(world: World) -> None:
 
 async def until(condition: Any) -> None:
     async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await asyncio.sleep(0.01)
     # The last tokens pass through the event loop before anyone acts on what follows.
     await asyncio.sleep(0.05)

@@ -56,7 +56,7 @@ async def test_open_responses_are_cancelled_when_it_stops() -> None:
         body = {"model": "smol", "prompt": "x"}
         asking = asyncio.create_task(client.post(f"{gateway.url}/v1/completions", json=body))
         async with asyncio.timeout(10):
-            while not bus.accepted:  # noqa: ASYNC110
+            while not bus.accepted:
                 await asyncio.sleep(0.01)
         await asyncio.wait_for(gateway.stop(), 10)
         await asyncio.wait_for(serving, 10)
