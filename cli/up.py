@@ -30,6 +30,8 @@ from llmserve.manifests.state import state_dir
 from llmserve.manifests.support import require_supported
 from llmserve.workers.engine.base import EngineError
 
+logger = logging.getLogger("llmserve.up")
+
 STOP_S = 8.0
 """Time for an orderly end; what is left after it is ended with the process."""
 
@@ -101,11 +103,16 @@ async def _up(manifest: Manifest, arguments: argparse.Namespace, terminal: _Term
             what = error.strerror if isinstance(error, OSError) else str(error)
             print(f"llmserve up: {what}", file=terminal.err, flush=True)
         code = 2 if not stack.started else 1
+    except* Exception:
+        logger.exception("up failed")
+        where = f": see {terminal.log}" if terminal.log is not None else ""
+        print(f"llmserve up: unexpected error{where}", file=terminal.err, flush=True)
+        code = 1
     progress.line("stopping ...")
     try:
         await asyncio.wait_for(stack.stop(), STOP_S)
     except TimeoutError:
-        logging.getLogger("llmserve.up").warning("not everything stopped in %.0f s: ended with the process", STOP_S)
+        logger.warning("not everything stopped in %.0f s: ended with the process", STOP_S)
     progress.line("stopped")
     return code
 
