@@ -67,7 +67,7 @@ def frontend(kind: str, folder: Path) -> Iterator[str]:
     manifest = manifest_with("sim.yaml", folder, {"models.primary.served_name": SERVED})
     command = [sys.executable, "-m", "tests.bench.frontends", kind, str(port), str(manifest)]
     with running(Process(kind, command, folder / f"frontend-{kind}.log")) as process:
-        probe = f"http://127.0.0.1:{port}/health" if kind == "vllm" else None
+        probe = f"http://127.0.0.1:{port}/v1/models" if kind == "vllm" else None
         if probe:
             wait_for(lambda: answers(probe), 120, f"{kind}:\n{process.output[-2000:]}")
         else:
