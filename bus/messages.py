@@ -272,7 +272,7 @@ class Rejected(Message, frozen=True, kw_only=True):
     request_id: str
     attempt: int
     code: str
-    """``unservable``, ``deadline`` or ``internal``."""
+    """``unservable``, ``deadline`` or ``unavailable``."""
     message: str
 
 

@@ -27,6 +27,7 @@ _RETRY_AFTER_S = 1
 _FAILURES = {
     "unservable": (HTTPStatus.BAD_REQUEST, "BadRequestError"),
     "deadline": (HTTPStatus.GATEWAY_TIMEOUT, "TimeoutError"),
+    "unavailable": (HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"),
     "cancelled": (HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"),
 }
 _INTERNAL = (HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")

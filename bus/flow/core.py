@@ -297,6 +297,9 @@ class RouterCore:
             self._member_lost(member, f"silent for {self.settings.member_timeout_s:g} s", now_s)
         for entry, api in self.members.without_workers(now_s):
             self._reject(entry, "unservable", f"no worker runs engine API {api!r}")
+        for entry, role in self.members.unavailable(now_s):
+            patience_s = self.settings.retry_patience_s
+            self._reject(entry, "unavailable", f"no live worker of role {role} for {patience_s:g} s")
         self._ended.forget(now_s)
         self._cancelled.forget(now_s)
         for seq, (event_, came_s) in list(self._early.items()):

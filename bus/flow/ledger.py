@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 from llmserve.bus.flow.budgets import Budgets
@@ -34,16 +35,17 @@ class Ledger:
         self.by_request: dict[str, Entry] = {}
         self.workers: dict[str, WorkerState] = {}
         self.gateways: dict[str, GatewayState] = {}
+        self._tickets = itertools.count(1)
         self.first_queues: dict[str, FairQueue[Entry]] = {}
         """Requests that wait for a prefill worker or one of both roles, by engine API."""
         self.decode_queues: dict[str, FairQueue[Entry]] = {}
         """Handoffs that wait for a decode worker, by fingerprint of their pages."""
 
     def first_queue(self, api: str) -> FairQueue[Entry]:
-        return self.first_queues.setdefault(api, FairQueue(self._weight))
+        return self.first_queues.setdefault(api, FairQueue(self._weight, self._tickets))
 
     def decode_queue(self, fingerprint: str) -> FairQueue[Entry]:
-        return self.decode_queues.setdefault(fingerprint, FairQueue(self._weight))
+        return self.decode_queues.setdefault(fingerprint, FairQueue(self._weight, self._tickets))
 
     def add(self, entry: Entry) -> None:
         """Know a new attempt; it must be moved to a place next."""

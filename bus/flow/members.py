@@ -36,6 +36,8 @@ class Members:
         self._reconnected_s = float("-inf")
         self._without_since_s: dict[str, float] = {}
         """Since when a queue's engine API has no worker while others have."""
+        self._lacking_since_s: dict[str, float] = {}
+        """Since when no workers that stay could take a queue's requests, by engine API."""
 
     def hear(self, beat: Heartbeat, now_s: float) -> WorkerState | None:
         """Note that a member is alive; returns its state if it is a worker."""
@@ -127,6 +129,30 @@ class Members:
             elif now_s - self._without_since_s.setdefault(api, now_s) >= self._settings.member_timeout_s:
                 hopeless += [(entry, api) for entry in queue.items()]
         return hopeless
+
+    def unavailable(self, now_s: float) -> list[tuple[Entry, str]]:
+        """Queued later attempts for which a role has been missing too long, and the role."""
+        patience_s = self._settings.retry_patience_s
+        overdue: list[tuple[Entry, str]] = []
+        for api, queue in self._ledger.first_queues.items():
+            role = self._lacking_role(api) if queue.size else ""
+            if not role:
+                self._lacking_since_s.pop(api, None)
+                continue
+            since_s = self._lacking_since_s.setdefault(api, now_s)
+            if now_s - since_s >= patience_s:
+                overdue += [(e, role) for e in queue.items() if e.attempt > 0 and now_s - e.seen_s >= patience_s]
+        return overdue
+
+    def _lacking_role(self, api: str) -> str:
+        """The role without which no request of ``api`` can run; empty if there are workers for all its stages."""
+        staying = [worker for worker in self._ledger.workers.values() if not worker.beat.draining]
+        first = [worker for worker in staying if worker.stage is not Stage.DECODE and worker.beat.api == api]
+        if not first:
+            return "prefill or both"
+        decoding = {worker.beat.fingerprint for worker in staying if worker.stage is Stage.DECODE}
+        served = any(worker.stage is Stage.WHOLE or worker.beat.fingerprint in decoding for worker in first)
+        return "" if served else "decode"
 
     def unanswered(self, epoch: int) -> list[str]:
         """Workers that were heard and have not shown that they know ``epoch``."""

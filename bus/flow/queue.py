@@ -11,6 +11,7 @@ is known, as the token counters of Sheng et al., "Fairness in Serving Large Lang
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
@@ -60,11 +61,13 @@ class Flow(Generic[T]):
 class FairQueue(Generic[T]):
     """Items of many tenants in fair order. Every operation takes O(log n)."""
 
-    def __init__(self, weight_of: Callable[[str], float]) -> None:
+    def __init__(self, weight_of: Callable[[str], float], tickets: Iterator[int] | None = None) -> None:
+        """``tickets`` must be shared by all queues that an item may stand in one after the other: an item that left
+        a queue is known there by its old ticket, which no queue may give it again."""
         self._weight_of = weight_of
+        self._tickets = tickets or itertools.count(1)
         self._flows: dict[str, Flow[T]] = {}
         self._heap: list[tuple[float, bool, int, int, Flow[T]]] = []
-        self._counter = 0
         self.virtual_time = 0.0
         self.size = 0
 
@@ -198,5 +201,4 @@ class FairQueue(Generic[T]):
         flow.indexed = False
 
     def _next(self) -> int:
-        self._counter += 1
-        return self._counter
+        return next(self._tickets)

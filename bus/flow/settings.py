@@ -47,6 +47,8 @@ class RouterSettings:
     """What must be left of a handoff's lease when it is granted; half the lease if that is less."""
     max_wait_s: float = 600.0
     """A request queued for longer is rejected."""
+    retry_patience_s: float = 6.0
+    """A later attempt that no live worker could take for so long is rejected: its client has seen it fail already."""
     bypass_s: float = 1.0
     """How long smaller requests may overtake one that does not fit; then its stage is kept free for it."""
     sync_wait_s: float = 1.0

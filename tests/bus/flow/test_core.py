@@ -281,6 +281,14 @@ def test_without_any_worker_a_request_waits_until_its_deadline() -> None:
     assert [notice.code for notice in rejected if isinstance(notice, Rejected)] == ["deadline"]
 
 
+def test_a_resubmitted_request_waits_while_all_roles_are_alive_and_busy() -> None:
+    d = Driver(RouterSettings(max_tokens_in_flight=30))
+    d.tell(beat("w", Role.BOTH), queued(1))
+    d.tell(accepted("w", 1, Stage.WHOLE), stored(2, "a", request("q2", attempt=1)))
+    running = beat("w", Role.BOTH, running=[Running(1, 0, Stage.WHOLE)])
+    assert [notices(d.later(2.0, running)) for _ in range(10)] == [[]] * 10
+
+
 def test_a_large_prompt_may_have_an_idle_prefill_worker_for_itself() -> None:
     d = Driver()
     d.tell(beat("p", Role.PREFILL, prefill_tokens=200), beat("d", Role.DECODE), queued(1, prompt_tokens=900))
@@ -354,3 +362,70 @@ def test_backlogged_tenants_get_service_in_proportion_to_their_weights() -> None
     total = sum(service.values())
     for tenant, weight in weights.items():
         assert abs(service[tenant] / total - weight / 8) < 0.02
+
+
+def retried(seq: int, api: str = "a1") -> Event:
+    return stored(seq, "a", request(f"q{seq}", 1, api=api))
+
+
+def rejections(actions: list[Action]) -> list[tuple[str, str, str]]:
+    return [(no.request_id, no.code, no.message) for no in notices(actions) if isinstance(no, Rejected)]
+
+
+def test_a_later_attempt_is_rejected_once_no_prefill_worker_has_lived_for_its_patience() -> None:
+    d = Driver(RouterSettings(retry_patience_s=8.0))
+    d.tell(beat("d", Role.DECODE), queued(1), retried(2))
+    d.later(0.0, beat("d", Role.DECODE))
+    assert rejections(d.later(7.9, beat("d", Role.DECODE))) == []
+    actions = d.later(0.2, beat("d", Role.DECODE))
+    assert rejections(actions) == [("q2", "unavailable", "no live worker of role prefill or both for 8 s")]
+    assert Discard(2) in actions
+
+
+def test_a_later_attempt_is_rejected_once_no_decode_worker_has_lived_for_its_patience() -> None:
+    d = Driver(RouterSettings(retry_patience_s=8.0))
+    d.tell(beat("p", Role.PREFILL), beat("other", Role.DECODE, fingerprint="f2"), retried(1))
+    alive = beat("p", Role.PREFILL), beat("other", Role.DECODE, fingerprint="f2")
+    assert rejections(d.later(0.0, *alive) + d.later(7.9, *alive)) == []
+    rejected = rejections(d.later(0.2, *alive))
+    assert rejected == [("q1", "unavailable", "no live worker of role decode for 8 s")]
+
+
+def test_a_first_attempt_waits_for_workers_beyond_the_patience_of_later_ones() -> None:
+    d = Driver()
+    d.tell(queued(1))
+    assert rejections(d.later(0.0) + d.later(60.0)) == []
+    assert grants(d.tell(beat("w", Role.BOTH))) == [("w", 1, Stage.WHOLE)]
+
+
+def test_a_later_attempt_has_its_whole_patience_however_long_the_workers_are_gone_already() -> None:
+    d = Driver(RouterSettings(retry_patience_s=8.0))
+    d.tell(queued(1))
+    d.later(0.0)
+    d.later(60.0)
+    d.tell(retried(2))
+    assert rejections(d.later(7.9)) == []
+    assert [name for name, _, _ in rejections(d.later(0.2))] == ["q2"]
+
+
+def test_a_worker_that_comes_back_renews_the_patience_and_a_draining_one_does_not() -> None:
+    d = Driver(RouterSettings(retry_patience_s=8.0))
+    draining = beat("w", Role.BOTH, draining=True)
+    d.tell(draining, retried(1))
+    d.later(0.0, draining)
+    d.later(5.0, beat("w", Role.BOTH, slots=0))
+    d.later(1.0, draining)
+    assert rejections(d.later(7.9, draining)) == []
+    assert [name for name, _, _ in rejections(d.later(0.2, draining))] == ["q1"]
+
+
+def test_a_handoff_whose_decode_workers_died_is_lost_by_its_lease_and_its_next_attempt_by_its_patience() -> None:
+    d = Driver(RouterSettings(retry_patience_s=8.0))
+    d.tell(beat("p", Role.PREFILL), beat("d", Role.DECODE), queued(1), accepted("p", 1, Stage.PREFILL))
+    d.tell(beat("d", Role.DECODE, leaving=True), handed_off("p", 1, lease_s=2.0))
+    held = beat("p", Role.PREFILL, running=[Running(seq=1, attempt=0, stage=Stage.PREFILL, held=True)])
+    assert [type(notice) for notice in notices(d.later(1.1, held))] == [AttemptLost]
+    d.tell(stored(2, "a", request("q1", 1)))
+    free = beat("p", Role.PREFILL)
+    assert rejections(d.later(0.0, free) + d.later(7.9, free)) == []
+    assert [code for _, code, _ in rejections(d.later(0.2, free))] == ["unavailable"]

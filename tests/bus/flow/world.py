@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from llmserve.bus.base import StoredRequest
@@ -186,9 +186,10 @@ class World:
         self.core.check()
 
     def dispatch(self) -> None:
+        found = self.load()
         self.carry_out(self.core.dispatch(self.now_s))
         self.core.check()
-        self.check_bounds()
+        self.check_bounds(found)
 
     def elapse(self, seconds: float) -> None:
         self.now_s += seconds
@@ -329,14 +330,23 @@ class World:
 
     # -- what must hold
 
-    def check_bounds(self) -> None:
+    def load(self) -> tuple[int, int, int, Counter[str]]:
+        """Tokens in flight, requests on prefill workers, on decode workers, and in progress by tenant."""
         budgets = self.core.ledger.budgets
-        assert budgets.tokens_in_flight <= (self.settings.max_tokens_in_flight or 1 << 60)
-        for tenant, number in budgets.in_progress.items():
-            assert number <= (self.settings.tenant(tenant).max_concurrency or 1 << 60), f"{tenant} runs {number}"
-        assert budgets.on_workers[Stage.PREFILL] <= (self.settings.max_prefill_concurrency or 1 << 60)
         decoding = budgets.on_workers[Stage.DECODE] + budgets.on_workers[Stage.WHOLE]
-        assert decoding <= (self.settings.max_decode_concurrency or 1 << 60)
+        return budgets.tokens_in_flight, budgets.on_workers[Stage.PREFILL], decoding, Counter(budgets.in_progress)
+
+    def check_bounds(self, found: tuple[int, int, int, Counter[str]]) -> None:
+        """``found``: the load before the dispatch. What a new leader finds running may exceed a bound, and then it
+        must not grant more."""
+        tokens, prefilling, decoding, in_progress = self.load()
+        bounds = self.settings
+        assert tokens <= max(found[0], bounds.max_tokens_in_flight or 1 << 60)
+        assert prefilling <= max(found[1], bounds.max_prefill_concurrency or 1 << 60)
+        assert decoding <= max(found[2], bounds.max_decode_concurrency or 1 << 60)
+        for tenant, number in in_progress.items():
+            bound = bounds.tenant(tenant).max_concurrency or 1 << 60
+            assert number <= max(found[3][tenant], bound), f"{tenant} runs {number}"
         for worker in self.core.ledger.workers.values():
             assert len(worker.book) <= worker.beat.slots, f"{worker.member} has more than its slots"
             alone = len(worker.book) == 1
