@@ -115,6 +115,8 @@ class World:
         self.now_s = 0.0
         self.seq = 0
         self.made = 0
+        self.unheard: list[tuple[float, Rejected]] = []
+        """Rejections lost on the way, and when their gateway looks."""
         self.stream: dict[int, StoredRequest] = {}
         self.workers: dict[str, FakeWorker] = {}
         self.outcome: dict[str, str] = {}
@@ -187,9 +189,11 @@ class World:
 
     def dispatch(self) -> None:
         found = self.load()
+        on_worker = {w.member: (len(w.book), w.prompt_tokens, w.pages) for w in self.core.ledger.workers.values()}
         self.carry_out(self.core.dispatch(self.now_s))
         self.core.check()
         self.check_bounds(found)
+        self.check_credits(on_worker)
 
     def elapse(self, seconds: float) -> None:
         self.now_s += seconds
@@ -199,6 +203,7 @@ class World:
                     del worker.jobs[seq]
         self.tell(Heartbeat(member="g0", role=Role.GATEWAY, host="h", pid=1))
         self.tell(Tick())
+        self.look_up()
         self.dispatch()
 
     def beat_all(self) -> None:
@@ -277,6 +282,8 @@ class World:
             elif isinstance(action, NotifyGateway):
                 if not self.lost():
                     self.notify(action)
+                elif isinstance(action.message, Rejected):
+                    self.unheard.append((self.now_s + 5.0, action.message))
             elif isinstance(action, Discard):
                 self.stream.pop(action.seq, None)
             elif isinstance(action, CheckStored):
@@ -296,6 +303,14 @@ class World:
             again = request(of.request_id, of.attempt + 1, of.prompt_tokens, of.max_tokens)
             self.submit(current.tenant, again)
             self.stream.pop(current.seq, None)
+
+    def look_up(self) -> None:
+        """A gateway that hears nothing for 5 s looks for its request, and resubmits it if it is off the stream."""
+        due = [message for due_s, message in self.unheard if due_s <= self.now_s]
+        self.unheard = [item for item in self.unheard if item[0] > self.now_s]
+        for message in due:
+            lost = AttemptLost(request_id=message.request_id, attempt=message.attempt, seq=0, cause="gone")
+            self.notify(NotifyGateway("g0", lost))
 
     def broadcast(self, message: Cancel | Sync) -> None:
         if isinstance(message, Cancel):
@@ -347,18 +362,24 @@ class World:
         for tenant, number in in_progress.items():
             bound = bounds.tenant(tenant).max_concurrency or 1 << 60
             assert number <= max(found[3][tenant], bound), f"{tenant} runs {number}"
+
+    def check_credits(self, found: dict[str, tuple[int, int, int]]) -> None:
+        """As the bounds: a worker that holds more than its credit, found so by a new leader, is granted no more."""
         for worker in self.core.ledger.workers.values():
-            assert len(worker.book) <= worker.beat.slots, f"{worker.member} has more than its slots"
+            had = found[worker.member]
+            assert len(worker.book) <= max(had[0], worker.beat.slots), f"{worker.member} has more than its slots"
             alone = len(worker.book) == 1
             if worker.stage is Stage.PREFILL:
-                assert alone or worker.prompt_tokens <= worker.beat.prefill_tokens, f"{worker.member}: prefill credit"
-            assert alone or worker.pages <= worker.beat.pages_total, f"{worker.member}: more pages than it has"
+                credit = max(had[1], worker.beat.prefill_tokens)
+                assert alone or worker.prompt_tokens <= credit, f"{worker.member}: prefill credit"
+            pages = max(had[2], worker.beat.pages_total)
+            assert alone or worker.pages <= pages, f"{worker.member}: more pages than it has"
 
     def settle(self, limit_s: float = 300.0) -> None:
         """No more faults: let everything end."""
         self.loss = 0.0
         until_s = self.now_s + limit_s
-        while self.now_s < until_s and (self.stream or self.core.ledger.entries):
+        while self.now_s < until_s and (self.stream or self.core.ledger.entries or self.unheard):
             self.elapse(0.25)
             self.beat_all()
             for worker in self.workers.values():
