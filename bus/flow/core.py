@@ -14,6 +14,7 @@ from llmserve.bus.flow.entry import ON_WORKER, Entry, Place
 from llmserve.bus.flow.events import Checked, Event, MemberLost, NoResponders, Reconnected, Tick
 from llmserve.bus.flow.ledger import Ledger
 from llmserve.bus.flow.members import Members
+from llmserve.bus.flow.rejections import Rejections
 from llmserve.bus.flow.settings import RouterSettings
 from llmserve.bus.flow.stats import Stats
 from llmserve.bus.flow.timers import Memory
@@ -53,6 +54,7 @@ class RouterCore:
         self._dispatcher = Dispatcher(self.ledger, rng)
         self._ended: Memory[int] = Memory(settings.memory_s)
         self._cancelled: Memory[str] = Memory(settings.memory_s)
+        self._rejections = Rejections(settings.lost_retry_s)
         self._early: dict[int, tuple[HandedOff, float]] = {}
         """Handoffs whose request or worker is not known yet, and when they came."""
         self._synced_s = 0.0
@@ -76,7 +78,7 @@ class RouterCore:
                 grant = self._grant_of(decision.entry)
                 self._actions.append(SendGrant(decision.worker.member, grant, decision.waited_s))
             else:
-                self._reject(decision.entry, "unservable", decision.message)
+                self._reject(decision.entry, "unservable", decision.message, now_s)
         return self._taken()
 
     def check(self) -> None:
@@ -139,7 +141,7 @@ class RouterCore:
             entry.worker.muted = True
             self._requeue(entry, now_s)
         else:
-            self._reject(entry, "unservable", event.reason)
+            self._reject(entry, "unservable", event.reason, now_s)
 
     def _on_handed_off(self, event: HandedOff, now_s: float) -> None:
         if event.seq in self._ended:
@@ -273,6 +275,7 @@ class RouterCore:
     def _on_cancel(self, event: Cancel, now_s: float) -> None:
         for request_id in event.request_ids:
             self._cancelled.add(request_id, now_s)
+            self._rejections.answered(request_id)
             entry = self.ledger.by_request.get(request_id)
             if entry is not None:
                 self._cancel(entry, now_s)
@@ -296,10 +299,13 @@ class RouterCore:
         for member in self.members.silent(now_s):
             self._member_lost(member, f"silent for {self.settings.member_timeout_s:g} s", now_s)
         for entry, api in self.members.without_workers(now_s):
-            self._reject(entry, "unservable", f"no worker runs engine API {api!r}")
+            self._reject(entry, "unservable", f"no worker runs engine API {api!r}", now_s)
+        patience_s = self.settings.retry_patience_s
         for entry, role in self.members.unavailable(now_s):
-            patience_s = self.settings.retry_patience_s
-            self._reject(entry, "unavailable", f"no live worker of role {role} for {patience_s:g} s")
+            self._reject(entry, "unavailable", f"no live worker of role {role} for {patience_s:g} s", now_s)
+        for entry in self.members.stranded(now_s):
+            self._lose(entry, "stranded", f"no live worker can read its pages for {patience_s:g} s", now_s)
+        self._actions += self._rejections.due(now_s)
         self._ended.forget(now_s)
         self._cancelled.forget(now_s)
         for seq, (event_, came_s) in list(self._early.items()):
@@ -308,7 +314,7 @@ class RouterCore:
 
     def _on_due(self, entry: Entry, now_s: float) -> None:
         if entry.place is Place.QUEUED:
-            self._reject(entry, "deadline", f"queued for more than {self.settings.max_wait_s:g} s")
+            self._reject(entry, "deadline", f"queued for more than {self.settings.max_wait_s:g} s", now_s)
         elif entry.place is Place.GRANTED:
             self.stats.confirm_timeouts += 1
             self._lose(entry, "confirm", "its worker did not confirm the grant", now_s)
@@ -354,10 +360,12 @@ class RouterCore:
         lost = AttemptLost(request_id=entry.request_id, attempt=entry.attempt, seq=entry.seq, cause=message)
         self._actions.append(NotifyGateway(entry.gateway, lost))
 
-    def _reject(self, entry: Entry, code: str, message: str) -> None:
+    def _reject(self, entry: Entry, code: str, message: str, now_s: float) -> None:
         self.stats.rejected[code] += 1
         rejected = Rejected(request_id=entry.request_id, attempt=entry.attempt, code=code, message=message)
-        self._actions += [NotifyGateway(entry.gateway, rejected), Discard(entry.seq)]
+        notice = NotifyGateway(entry.gateway, rejected)
+        self._rejections.add(notice, now_s)
+        self._actions += [notice, Discard(entry.seq)]
         self.ledger.settle(entry, 0, entry.prompt_tokens)
         self.ledger.forget(entry)
 

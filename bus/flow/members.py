@@ -38,6 +38,8 @@ class Members:
         """Since when a queue's engine API has no worker while others have."""
         self._lacking_since_s: dict[str, float] = {}
         """Since when no workers that stay could take a queue's requests, by engine API."""
+        self._unread_since_s: dict[str, float] = {}
+        """Since when no decode worker that stays could read a queue's pages, by fingerprint."""
 
     def hear(self, beat: Heartbeat, now_s: float) -> WorkerState | None:
         """Note that a member is alive; returns its state if it is a worker."""
@@ -131,7 +133,8 @@ class Members:
         return hopeless
 
     def unavailable(self, now_s: float) -> list[tuple[Entry, str]]:
-        """Queued later attempts for which a role has been missing too long, and the role."""
+        """What a role has been missing for too long, and the role: queued later attempts, and handoffs that are
+        stranded and for which another attempt would only wait again."""
         patience_s = self._settings.retry_patience_s
         overdue: list[tuple[Entry, str]] = []
         for api, queue in self._ledger.first_queues.items():
@@ -142,7 +145,28 @@ class Members:
             since_s = self._lacking_since_s.setdefault(api, now_s)
             if now_s - since_s >= patience_s:
                 overdue += [(e, role) for e in queue.items() if e.attempt > 0 and now_s - e.seen_s >= patience_s]
+        overdue += [(e, role) for e in self._unread(now_s) if (role := self._lacking_role(e.api))]
         return overdue
+
+    def stranded(self, now_s: float) -> list[Entry]:
+        """Handoffs whose pages no decode worker could read for too long, while another attempt could be served."""
+        return [entry for entry in self._unread(now_s) if not self._lacking_role(entry.api)]
+
+    def _unread(self, now_s: float) -> list[Entry]:
+        """Handoffs that have waited for a decode worker of their fingerprint without there being one."""
+        decoding = self._decoding()
+        unread: list[Entry] = []
+        for fingerprint, queue in self._ledger.decode_queues.items():
+            if fingerprint in decoding or not queue.size:
+                self._unread_since_s.pop(fingerprint, None)
+            elif now_s - self._unread_since_s.setdefault(fingerprint, now_s) >= self._settings.retry_patience_s:
+                unread += queue.items()
+        return unread
+
+    def _decoding(self) -> set[str]:
+        """Fingerprints that decode workers which stay can read."""
+        workers = self._ledger.workers.values()
+        return {w.beat.fingerprint for w in workers if w.stage is Stage.DECODE and not w.beat.draining}
 
     def _lacking_role(self, api: str) -> str:
         """The role without which no request of ``api`` can run; empty if there are workers for all its stages."""
@@ -150,7 +174,7 @@ class Members:
         first = [worker for worker in staying if worker.stage is not Stage.DECODE and worker.beat.api == api]
         if not first:
             return "prefill or both"
-        decoding = {worker.beat.fingerprint for worker in staying if worker.stage is Stage.DECODE}
+        decoding = self._decoding()
         served = any(worker.stage is Stage.WHOLE or worker.beat.fingerprint in decoding for worker in first)
         return "" if served else "decode"
 

@@ -42,13 +42,14 @@ class RouterSettings:
     inventory_grace_s: float = 0.6
     """A grant younger than this may be missing in a heartbeat that crossed it on the way."""
     lost_retry_s: float = 2.0
-    """Between two notices to a gateway of the same lost attempt."""
+    """Between two notices to a gateway of the same lost attempt, or of the same rejection."""
     lease_margin_s: float = 2.0
     """What must be left of a handoff's lease when it is granted; half the lease if that is less."""
     max_wait_s: float = 600.0
     """A request queued for longer is rejected."""
-    retry_patience_s: float = 6.0
-    """A later attempt that no live worker could take for so long is rejected: its client has seen it fail already."""
+    retry_patience_s: float = 5.0
+    """A later attempt, or a handoff, that no live worker could take for so long is rejected: its client has seen the
+    request begin. With the time that a dead worker's silence takes to be noticed this stays below 10 s."""
     bypass_s: float = 1.0
     """How long smaller requests may overtake one that does not fit; then its stage is kept free for it."""
     sync_wait_s: float = 1.0

@@ -429,3 +429,52 @@ def test_a_handoff_whose_decode_workers_died_is_lost_by_its_lease_and_its_next_a
     free = beat("p", Role.PREFILL)
     assert rejections(d.later(0.0, free) + d.later(7.9, free)) == []
     assert [code for _, code, _ in rejections(d.later(0.2, free))] == ["unavailable"]
+
+
+def test_a_handoff_whose_decode_workers_died_ends_by_the_patience_and_does_not_wait_for_its_lease() -> None:
+    d = Driver(RouterSettings(retry_patience_s=5.0))
+    d.tell(beat("p", Role.PREFILL), beat("d", Role.DECODE), queued(1), accepted("p", 1, Stage.PREFILL))
+    d.tell(beat("d", Role.DECODE, leaving=True), handed_off("p", 1))
+    held = beat("p", Role.PREFILL, running=[Running(seq=1, attempt=0, stage=Stage.PREFILL, held=True)])
+    assert rejections(d.later(0.0, held) + d.later(4.9, held)) == []
+    assert rejections(d.later(0.2, held)) == [("q1", "unavailable", "no live worker of role decode for 5 s")]
+    assert d.core.ledger.entries == {}
+
+
+def test_a_handoff_that_nobody_can_read_is_lost_by_the_patience_if_another_attempt_could_be_served() -> None:
+    d = Driver(RouterSettings(retry_patience_s=5.0))
+    d.tell(beat("p", Role.PREFILL), beat("d", Role.DECODE), queued(1), accepted("p", 1, Stage.PREFILL))
+    d.tell(beat("d", Role.DECODE, leaving=True), handed_off("p", 1))
+    held = beat("p", Role.PREFILL, running=[Running(seq=1, attempt=0, stage=Stage.PREFILL, held=True)])
+    alive = held, beat("both", Role.BOTH), beat("other", Role.DECODE, fingerprint="f2")
+    assert notices(d.later(0.0, *alive) + d.later(4.9, *alive)) == []
+    assert [type(notice) for notice in notices(d.later(0.2, *alive))] == [AttemptLost]
+    assert grants(d.tell(stored(2, "a", request("q1", 1)))) == [("both", 2, Stage.WHOLE)]
+
+
+def test_a_decode_worker_in_time_gets_the_handoff_that_waits() -> None:
+    d = Driver(RouterSettings(retry_patience_s=5.0))
+    d.tell(beat("p", Role.PREFILL), beat("d", Role.DECODE), queued(1), accepted("p", 1, Stage.PREFILL))
+    d.tell(beat("d", Role.DECODE, leaving=True), handed_off("p", 1))
+    held = beat("p", Role.PREFILL, running=[Running(seq=1, attempt=0, stage=Stage.PREFILL, held=True)])
+    d.later(0.0, held)
+    d.later(4.0, held)
+    assert grants(d.tell(beat("d2", Role.DECODE))) == [("d2", 1, Stage.DECODE)]
+    runs = beat("d2", Role.DECODE, running=[Running(seq=1, attempt=0, stage=Stage.DECODE)])
+    assert notices(d.tell(accepted("d2", 1, Stage.DECODE)) + d.later(3.0, held, runs)) == []
+
+
+def test_a_rejection_is_repeated_until_its_gateway_withdraws_the_request() -> None:
+    d = Driver(RouterSettings(max_tokens_in_flight=100, lost_retry_s=2.0))
+    d.tell(beat("w", Role.BOTH))
+    said = rejections(d.tell(queued(1, prompt_tokens=90, max_tokens=20)))
+    assert rejections(d.later(1.9, beat("w", Role.BOTH))) == []
+    assert rejections(d.later(0.2, beat("w", Role.BOTH))) == said
+    d.tell(Cancel(request_ids=["q1"]))
+    assert rejections(d.later(2.1, beat("w", Role.BOTH))) == []
+
+
+def test_a_rejection_that_nobody_answers_is_not_repeated_for_ever() -> None:
+    d = Driver(RouterSettings(max_tokens_in_flight=100, lost_retry_s=2.0))
+    d.tell(beat("w", Role.BOTH), queued(1, prompt_tokens=90, max_tokens=20))
+    assert sum(len(rejections(d.later(2.1, beat("w", Role.BOTH)))) for _ in range(10)) == 3

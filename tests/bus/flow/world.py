@@ -298,6 +298,9 @@ class World:
             return
         if isinstance(message, Rejected):
             self.outcome[message.request_id] = "rejected"
+            self.abort([message.request_id])
+            if not self.lost():
+                self.tell(Cancel(request_ids=[message.request_id]))
         elif isinstance(message, AttemptLost):
             of = current.request
             again = request(of.request_id, of.attempt + 1, of.prompt_tokens, of.max_tokens)
