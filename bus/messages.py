@@ -39,6 +39,17 @@ class Role(enum.StrEnum):
     KV = "kv"
 
 
+class Tier(enum.StrEnum):
+    """Where KV pages are, the nearest first."""
+
+    GPU = "gpu"
+    """The memory that an engine computes in, on CPUs too."""
+    DRAM = "dram"
+    NVME = "nvme"
+    """Any filesystem."""
+    S3 = "s3"
+
+
 class Reason(enum.StrEnum):
     """Why a request, or a worker's part of it, ended."""
 
@@ -84,6 +95,11 @@ class Request(Message, frozen=True, kw_only=True):
     """Engine API of ``body``, such as ``vllm-0.32.0``; a worker refuses any other than its own."""
     body: bytes
     """The engine's own request, encoded by the gateway."""
+    block_tokens: int = 0
+    """Tokens of one block of ``block_hashes``; 0 if there are none."""
+    block_hashes: bytes = b""
+    """Short hashes of the prompt's leading full blocks, see ``llmserve.bus.block_hashes``; a bounded number of them.
+    Only where the router sends it depends on them: an engine computes its own."""
 
 
 class Result(Message, frozen=True, kw_only=True):
@@ -229,6 +245,52 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     max_model_len: int = 0
     metrics_port: int = 0
     running: list[Running] = []
+    kv_seq: int = 0
+    """Sequence of the last ``KvEvents`` that the member published; 0 if it publishes none."""
+    prefill_tokens_s: float = 0.0
+    """Prompt tokens that the engine computes a second, as measured of late; 0: not known."""
+    load_tokens_s: dict[str, float] = {}
+    """Prompt tokens that it loads a second from a ``Tier``, as measured of late."""
+
+
+# -- where KV pages are -------------------------------------------------------------------------------------------
+
+
+class KvChange(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What changed in one tier: first ``cleared``, then ``removed``, then ``stored``."""
+
+    tier: Tier
+    stored: bytes = b""
+    """Short block hashes, 8 bytes each (``llmserve.bus.block_hashes``)."""
+    removed: bytes = b""
+    cleared: bool = False
+    """Everything is gone."""
+
+
+class KvEvents(Message, frozen=True, kw_only=True):
+    """What a worker, or the kv role, holds now and held not, or the other way round.
+
+    They are hints: a request that is sent where its pages are no more computes them again.
+    """
+
+    member: str
+    seq: int
+    """Counts the member's messages of this type from 1; the router asks for a snapshot when it misses one."""
+    fingerprint: str
+    """Of the pages, as in ``Heartbeat``: engines of another one cannot load them."""
+    block_tokens: int
+    """Tokens of a page."""
+    changes: list[KvChange]
+    host: str = ""
+    """The only host, as in ``Heartbeat``, whose workers can load pages below the GPU; empty: all of them can."""
+    snapshot: bool = False
+    """Forget all that the member has said before; the messages that follow add what does not fit in this one."""
+
+
+class KvResync(Message, frozen=True, kw_only=True):
+    """Router to one member: publish a snapshot."""
+
+    router: str
 
 
 # -- to and from the gateway --------------------------------------------------------------------------------------
@@ -293,6 +355,8 @@ AnyMessage: TypeAlias = (
     | Finished
     | Failed
     | Heartbeat
+    | KvEvents
+    | KvResync
     | Deltas
     | AttemptLost
     | Rejected

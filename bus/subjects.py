@@ -31,6 +31,8 @@ class Subjects:
         """Workers to router: Accepted, Refused, HandedOff, Finished, Failed."""
         self.control = f"{self.root}.control"
         """Router and gateways to all: Sync, Cancel."""
+        self.kv_events = f"{self.root}.kv.event"
+        """Workers and the kv role to router: KvEvents."""
 
     def request(self, klass: str, tenant: str) -> str:
         return f"{self.root}.req.{klass}.{tenant}"
@@ -50,3 +52,7 @@ class Subjects:
     def gateway(self, gateway: str) -> str:
         """Deltas, AttemptLost and Rejected for one gateway."""
         return f"{self.root}.gateway.{gateway}"
+
+    def kv_resync(self, member: str) -> str:
+        """KvResync for one worker, or one member of the kv role."""
+        return f"{self.root}.kv.resync.{member}"
