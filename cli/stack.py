@@ -23,6 +23,8 @@ from llmserve.bus.server import EmbeddedServer
 from llmserve.bus.settings import BusSettings
 from llmserve.bus.telemetry import MetricsServer
 from llmserve.cli.display import Progress
+from llmserve.manifests.gpus import engine_gpus
+from llmserve.manifests.machine import probe_machine
 from llmserve.manifests.schema import Manifest
 from llmserve.manifests.state import state_dir
 from llmserve.workers.metrics import WorkerMetrics
@@ -83,9 +85,8 @@ class Stack:
             await asyncio.to_thread(_import_vllm)
         async with asyncio.TaskGroup() as parts:
             parts.create_task(self._start_gateway(endpoint))
-            for role, count in self._replicas():
-                for index in range(count):
-                    parts.create_task(self._start_worker(endpoint, role, f"{role}-{index}"))
+            for (role, index), gpus in zip(self._engines(), self._gpus(), strict=True):
+                parts.create_task(self._start_worker(endpoint, role, f"{role}-{index}", gpus))
         self._spawn(self._bus_metrics.run(), "bus metrics")
         self.started = True
 
@@ -103,11 +104,15 @@ class Stack:
         await self._closing.aclose()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _replicas(self) -> list[tuple[Role, int]]:
+    def _engines(self) -> list[tuple[Role, int]]:
+        """Role and number within it, prefill first."""
         replicas = self.manifest.spec.deployment.replicas
-        if not replicas.prefill:
-            return [(Role.BOTH, replicas.decode)]
-        return [(Role.PREFILL, replicas.prefill), (Role.DECODE, replicas.decode)]
+        last = Role.DECODE if replicas.prefill else Role.BOTH
+        prefill = [(Role.PREFILL, index) for index in range(replicas.prefill)]
+        return prefill + [(last, index) for index in range(replicas.decode)]
+
+    def _gpus(self) -> list[tuple[str, ...]]:
+        return engine_gpus(self.manifest, probe_machine(), os.environ)
 
     def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
         self._tasks.append(asyncio.create_task(work, name=name))
@@ -149,12 +154,19 @@ class Stack:
         self._closing.push_async_callback(self._gateway.stop)
         self._spawn(self._gateway.serve(), "gateway")
 
-    async def _start_worker(self, endpoint: BusEndpoint, role: Role, name: str) -> None:
+    async def _start_worker(self, endpoint: BusEndpoint, role: Role, name: str, gpus: tuple[str, ...]) -> None:
         model = self.manifest.spec.models.primary.id
         async with self._progress.part(name, f"{self.manifest.spec.engine.kind} engine, {model}"):
             bus = await self._connect(endpoint, name)
             service = WorkerService(
-                self.manifest, role, bus, name, self._worker_metrics, engine_mode="process", restart=True
+                self.manifest,
+                role,
+                bus,
+                name,
+                self._worker_metrics,
+                engine_mode="process",
+                gpus=gpus,
+                restart=True,
             )
             self._closing.push_async_callback(service.stop)
             await service.start()

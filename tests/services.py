@@ -54,6 +54,7 @@ class Services:
         }
         self.commands = self._commands()
         self.processes: dict[str, Process] = {}
+        self._starts = 0
 
     def _commands(self) -> dict[str, str]:
         compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -68,7 +69,8 @@ class Services:
             command[command.index("--metrics-port") + 1] = "0"
         command[0] = str(BIN / command[0])
         env = {**self.variables, "PATH": f"{BIN}:{os.environ['PATH']}"}
-        self.processes[name] = Process(name, command, self.folder / f"{name}.log", env)
+        self._starts += 1
+        self.processes[name] = Process(name, command, self.folder / f"{self._starts}-{name}.log", env)
         return self.processes[name]
 
     def metrics_url(self, name: str) -> str:

@@ -40,6 +40,7 @@ class WorkerService:
         engine_mode: EngineMode = "auto",
         engines_here: int | None = None,
         host: str = "127.0.0.1",
+        gpus: tuple[str, ...] = (),
         metrics_port: int = 0,
         restart: bool = False,
     ) -> None:
@@ -54,6 +55,7 @@ class WorkerService:
         self._engine_mode = engine_mode
         self._engines_here = engines_here
         self._host = host
+        self._gpus = gpus
         self._metrics_port = metrics_port
         self._restart = restart
         self._worker: Worker | None = None
@@ -72,6 +74,7 @@ class WorkerService:
             self._engine_mode,
             engines_here=self._engines_here,
             host=self._host,
+            gpus=self._gpus,
         )
         identity = Identity(
             member=f"{self._name}-{secrets.token_hex(4)}",

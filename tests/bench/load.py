@@ -22,6 +22,10 @@ class Stream:
     text: str
     finish_reason: str | None
     error: str = ""
+    longest_pause_s: float = 0.0
+    """Between two events, the first token and the end among them."""
+    output_tokens: int = 0
+    """As the server counts them, if it was asked to."""
 
 
 @dataclass
@@ -54,32 +58,42 @@ class Load:
 
 async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, object]) -> Stream:
     """One streamed completion; a failure is a ``Stream`` with ``error`` set."""
-    start = time.perf_counter()
-    ttft_s, chunks, text, finish = 0.0, 0, [], None
+    start = last = time.perf_counter()
+    ttft_s, pause_s, chunks, output_tokens, text, finish = 0.0, 0.0, 0, 0, [], None
+
+    def ended(error: str = "") -> Stream:
+        now = time.perf_counter()
+        pause = max(pause_s, now - last) if chunks else 0.0
+        return Stream(
+            ttft_s, now - start, chunks, "".join(text), None if error else finish, error, pause, output_tokens
+        )
+
     try:
         async with session.post(f"{url}/v1/completions", json={**body, "stream": True}) as response:
             if response.status != 200:
-                return Stream(
-                    0, time.perf_counter() - start, 0, "", None, f"{response.status} {await response.text()}"
-                )
+                return ended(f"{response.status} {await response.text()}")
             async for line in response.content:
                 if not line.startswith(b"data: {"):
                     continue
                 event = json.loads(line[6:])
                 if "error" in event:
-                    return Stream(
-                        ttft_s, time.perf_counter() - start, chunks, "".join(text), None, str(event["error"])
-                    )
+                    return ended(str(event["error"]))
+                now = time.perf_counter()
+                if not event["choices"]:
+                    output_tokens = event["usage"]["completion_tokens"]
+                    continue
                 choice = event["choices"][0]
-                if not chunks:
-                    ttft_s = time.perf_counter() - start
+                if chunks:
+                    pause_s = max(pause_s, now - last)
+                else:
+                    ttft_s = now - start
+                last = now
                 chunks += 1
                 text.append(choice["text"])
                 finish = choice["finish_reason"] or finish
     except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-        return Stream(ttft_s, time.perf_counter() - start, chunks, "".join(text), None, repr(error))
-    cut = "" if finish else "the stream ended without a finish reason"
-    return Stream(ttft_s, time.perf_counter() - start, chunks, "".join(text), finish, cut)
+        return ended(repr(error))
+    return ended("" if finish else "the stream ended without a finish reason")
 
 
 async def closed_loop(

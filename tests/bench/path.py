@@ -153,9 +153,17 @@ def simulated_engines(folder: Path, figures: dict[str, float]) -> None:
         print(f"{name:<40}{rate:>12.1f}{ttft * 1e3:>14.1f}")
 
 
+def save(target: Path, figures: dict[str, float], *, keep: bool) -> None:
+    """Write the figures; ``keep`` those of other parts from earlier runs."""
+    known: dict[str, float] = json.loads(target.read_text()) if keep and target.exists() else {}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    known.update({key: round(value, 4) for key, value in figures.items()})
+    target.write_text(json.dumps(known, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=["real", "sim"])
+    parser.add_argument("--only", choices=["real", "sim"], help="this part; the other part's figures stay")
     only = parser.parse_args().only
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="llmserve-bench-") as name:
@@ -163,9 +171,7 @@ def main() -> None:
             real_engines(Path(name), figures)
         if only != "real":
             simulated_engines(Path(name), figures)
-    target = ROOT / "build" / "bench" / "path.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps({key: round(value, 4) for key, value in figures.items()}, indent=1) + "\n")
+    save(ROOT / "build" / "bench" / "path.json", figures, keep=only is not None)
     print()
     for key, value in figures.items():
         print(f"{key:<36}{value:>10.3f}")

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 
+import aiohttp
 import httpx
 import pytest
 
-from tests.processes import BIN, Process, answers, metrics, total, wait_for
+from tests.bench.load import Stream, prompt_bodies, stream
+from tests.processes import BIN, Process, answers, free_port, metrics, total, wait_for
 from tests.services import Services
 
+LEASE_S = 10.0
+STREAMS = 24
+TOKENS = 100
 ROLES = ["gateway", "router", "prefill", "decode", "kv"]
 
 
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    services = Services(tmp_path_factory.mktemp("services"), changes={"engine.kv_space_gb": 0.5})
+    services = Services(
+        tmp_path_factory.mktemp("services"), changes={"engine.kv_space_gb": 0.5, "transfer.lease_s": LEASE_S}
+    )
     try:
         services.start_all(ROLES)
         services.ready()
@@ -59,48 +67,114 @@ def test_a_key_is_needed(services: Services) -> None:
     assert answer.json()["error"]["code"] == "invalid_api_key"
 
 
+async def killed_under_load(services: Services, victim: str, successor: bool) -> list[tuple[Stream, float]]:
+    """Kill a worker amid streams that began over three seconds, and start its successor at once if so asked.
+
+    Returns each stream and how long after the kill it ended, if it had not ended before.
+    """
+    bodies = prompt_bodies(services.model, STREAMS, 120, TOKENS, seed=len(services.processes))
+    timeout = aiohttp.ClientTimeout(total=150)
+    async with aiohttp.ClientSession(headers=services.headers, timeout=timeout) as session:
+
+        async def one(index: int) -> tuple[Stream, float]:
+            await asyncio.sleep(3.0 * index / STREAMS)
+            body = {**bodies[index], "stream_options": {"include_usage": True}}
+            ended = await stream(session, services.url, body)
+            return ended, time.monotonic()
+
+        tasks = [asyncio.create_task(one(index)) for index in range(STREAMS)]
+        await asyncio.sleep(2.5)
+        assert not any(task.done() for task in tasks), "the load ended before the kill"
+        services.processes[victim].kill()
+        killed_s = time.monotonic()
+        if successor:
+            services.start(victim)
+        return [(ended, at_s - killed_s) for ended, at_s in await asyncio.gather(*tasks)]
+
+
+def settled(services: Services, workers: list[str]) -> None:
+    """Nothing waits and every page is free a lease later, as the workers say and as the router heard."""
+
+    def left() -> dict[str, float]:
+        router = metrics(services.metrics_url("router"))
+        figures = {
+            "queued": total(router, "llmserve_queue_depth"),
+            "in flight": total(router, "llmserve_tokens_in_flight"),
+            "used, says the router": total(router, "llmserve_kv_pages", state="used"),
+        }
+        for worker in workers:
+            figures[f"used in {worker}"] = total(
+                metrics(services.metrics_url(worker)), "llmserve_worker_kv_pages", state="used"
+            )
+            figures[f"requests of {worker}"] = total(
+                metrics(services.metrics_url(worker)), "llmserve_worker_requests"
+            )
+        return figures
+
+    wait_for(lambda: not any(left().values()), LEASE_S + 2, f"all pages to be free: {left()}")
+
+
+def served(services: Services) -> bool:
+    return complete(services).status_code == 200
+
+
 @pytest.mark.vllm
-def test_a_decode_worker_started_by_hand_gets_work_and_drains_on_sigterm(services: Services) -> None:
+async def test_a_decode_worker_by_hand_takes_over_from_a_killed_one_under_load_and_drains_on_sigterm(
+    services: Services,
+) -> None:
     command = [str(BIN / "llmserve-worker"), "--role", "decode", "--manifest", str(services.manifest)]
-    command += ["--nats", services.nats_url, "--metrics-port", "0", "--name", "by-hand"]
+    port = free_port()
+    services.metrics_ports["by-hand"] = port
+    command += ["--nats", services.nats_url, "--metrics-port", str(port), "--name", "by-hand"]
     env = {"API_KEY": services.key, "NATS_URL": services.nats_url}
     by_hand = Process("by hand", command, services.folder / "by-hand.log", env)
-    services.processes["by hand"] = by_hand
-    line = by_hand.wait_for_line("ready after", 120)
-    url = next(word for word in line.split() if word.startswith("http"))
+    services.processes["by-hand"] = by_hand
+    by_hand.wait_for_line("ready after", 120)
 
-    def served() -> bool:
+    def has_work() -> bool:
         assert complete(services).status_code == 200
-        return total(metrics(url), "llmserve_decode_tokens_total") > 0
+        return total(metrics(services.metrics_url("by-hand")), "llmserve_decode_tokens_total") > 0
 
-    wait_for(served, 60, "work for the new worker")
-    assert by_hand.stop(40) == 0
+    await asyncio.to_thread(wait_for, has_work, 60, "work for the new worker")
+    ended = await killed_under_load(services, "decode", successor=False)
+    report("one of two decode workers killed", ended)
+    assert not [one.error for one, _ in ended if one.error]
+    assert {(one.finish_reason, one.output_tokens) for one, _ in ended} == {("length", TOKENS)}
+    assert max(one.longest_pause_s for one, _ in ended) < 10
+    await asyncio.to_thread(settled, services, ["prefill", "by-hand"])
+
+    services.start("decode")
+    await asyncio.to_thread(services.processes["decode"].wait_for_line, "ready after", 120)
+    assert await asyncio.to_thread(by_hand.stop, 40) == 0
     assert complete(services).status_code == 200
 
 
 @pytest.mark.vllm
-def test_a_killed_worker_leaves_no_client_hanging_and_its_successor_serves(services: Services) -> None:
-    for victim in ("decode", "prefill"):
-        body = {"model": services.model, "prompt": [1000 + k for k in range(300)], "max_tokens": 400, "stream": True}
-        body |= {"ignore_eos": True, "temperature": 0}
-        with (
-            httpx.Client(timeout=60, headers=services.headers) as client,
-            client.stream("POST", f"{services.url}/v1/completions", json=body) as answer,
-        ):
-            lines = answer.iter_lines()
-            next(lines)
-            services.processes[victim].kill()
-            start = time.monotonic()
-            rest = list(lines)
-        if victim == "decode":
-            assert time.monotonic() - start < 12
-            assert any("error" in line for line in rest), rest[-3:]
-        else:
-            assert "data: [DONE]" in rest
-        services.start(victim)
-        wait_for(lambda: answers(f"{services.url}/health/ready"), 120, "ready again")
+@pytest.mark.parametrize("victim", ["decode", "prefill"])
+async def test_when_the_only_worker_of_a_role_is_killed_under_load_nobody_hangs_and_its_successor_serves(
+    services: Services, victim: str
+) -> None:
+    ended = await killed_under_load(services, victim, successor=True)
+    report(f"the only {victim} worker killed", ended)
+    # What had begun on it ends within 10 s; what had not waits for the successor.
+    failed = [(one, after_s) for one, after_s in ended if one.error]
+    assert failed
+    assert max(after_s for _, after_s in failed) < 10
+    assert all("no live worker of role" in one.error for one, _ in failed), [one.error for one, _ in failed]
+    if victim == "decode":
+        assert any(one.chunks for one, _ in failed)
+    assert {(one.finish_reason, one.output_tokens) for one, _ in ended if not one.error} <= {("length", TOKENS)}
+    await asyncio.to_thread(wait_for, lambda: served(services), 120, f"service after {victim} came back")
+    await asyncio.to_thread(settled, services, ["prefill", "decode"])
 
-        def served() -> bool:
-            return complete(services).status_code == 200
 
-        wait_for(served, 60, f"service after {victim} came back")
+def report(what: str, ended: list[tuple[Stream, float]]) -> None:
+    """For ``pytest -s``: what the clients saw."""
+    failed = sorted(after_s for one, after_s in ended if one.error)
+    pauses = sorted(one.longest_pause_s for one, _ in ended if not one.error)
+    print(f"\n{what}: {len(failed)} of {len(ended)} streams in error", end="")
+    if failed:
+        print(f", {failed[0]:.1f} to {failed[-1]:.1f} s after it", end="")
+    if pauses:
+        print(f"; the others' longest pauses {pauses[0]:.1f} to {pauses[-1]:.1f} s", end="")
+    print(f"; the last ended {max(after_s for _, after_s in ended):.1f} s after it")

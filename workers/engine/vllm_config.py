@@ -17,6 +17,9 @@ Mode = Literal["thread", "process"]
 """Where the engine core runs: in a thread of this process, one such engine a process, or in a child of its own."""
 Device = Literal["cpu", "cuda"]
 
+GPUS = "llmserve_gpus"
+"""Key of ``VllmConfig.additional_config``, the way into the child process of one engine among several."""
+
 _GIB = 2**30
 _DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _CPU_KV_SPACE_GB = 1.0
@@ -43,6 +46,8 @@ class VllmOptions:
     """KV space over all ranks, if a budget allows less than the manifest's ``engine.kv_space_gb``."""
     io_share: float = 1.0
     """Part of ``budgets.max_kv_io_gbps`` that this engine may use."""
+    gpus: tuple[str, ...] = ()
+    """As ``CUDA_VISIBLE_DEVICES`` names them; all that the process sees by default."""
 
 
 def engine_args(manifest: Manifest, role: Role, options: VllmOptions, engine_id: str) -> dict[str, object]:
@@ -73,6 +78,7 @@ def engine_args(manifest: Manifest, role: Role, options: VllmOptions, engine_id:
         "speculative_config": _speculation(manifest, options),
         "kv_transfer_config": _kv_transfer(manifest, role, options, engine_id),
         "distributed_executor_backend": _executor(manifest, options),
+        "additional_config": {GPUS: ",".join(options.gpus)} if options.gpus else None,
     }
     return args | {name: value for name, value in optional.items() if value is not None}
 

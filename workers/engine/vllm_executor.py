@@ -15,8 +15,10 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from llmserve.workers.engine.base import EngineError
+from llmserve.workers.engine.vllm_config import GPUS
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.executor import Executor
 
 
@@ -33,11 +35,19 @@ def die_with_parent() -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
+def take_gpus(config: VllmConfig) -> None:
+    """Let this process, and the ranks that it will start, see this engine's GPUs only; before CUDA is initialized."""
+    gpus = config.additional_config.get(GPUS)
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+
+
 class GuardedUniProcExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM is untyped
     """One rank, in the engine core's process."""
 
     def _init_executor(self) -> None:
         die_with_parent()
+        take_gpus(self.vllm_config)
         super()._init_executor()
 
 
@@ -46,6 +56,7 @@ class GuardedMultiprocExecutor(MultiprocExecutor):  # type: ignore[misc]  # vLLM
 
     def _init_executor(self) -> None:
         die_with_parent()
+        take_gpus(self.vllm_config)
         super()._init_executor()
 
 

@@ -128,6 +128,12 @@ def test_kv_space_is_divided_among_the_ranks() -> None:
     assert args()["kv_cache_memory_bytes"] == 2**30
 
 
+def test_an_engines_gpus_go_with_its_configuration_into_its_process() -> None:
+    made = args(options=VllmOptions("/m", True, device="cuda", gpus=("2", "3")))
+    assert made["additional_config"] == {"llmserve_gpus": "2,3"}
+    assert "additional_config" not in args()
+
+
 def test_several_ranks_need_a_process() -> None:
     with pytest.raises(EngineError, match="need an engine process"):
         args(options=VllmOptions("/m", True, mode="thread"), primary={"tensor_parallel": 2})
