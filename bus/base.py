@@ -21,6 +21,10 @@ class QueueFull(BusError):
     """The tenant's queue holds as many requests as the manifest allows."""
 
 
+class Overtaken(BusError):
+    """Another router took the leadership first."""
+
+
 class BusUnavailable(BusError):
     """No answer from the server in time; the operation may or may not have happened."""
 
@@ -35,6 +39,15 @@ class StoredRequest:
     request: Request
     data: bytes
     """The encoded request, to be passed on in a grant without encoding it again."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamContents:
+    """Which requests were on the stream at one moment."""
+
+    last_seq: int
+    """Of all requests that were ever stored; later ones are not covered."""
+    seqs: frozenset[int]
 
 
 class Subscription(ABC):
@@ -56,6 +69,11 @@ class Bus(ABC):
     """One connection of one member to the deployment's bus."""
 
     subjects: Subjects
+
+    @property
+    @abstractmethod
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
 
     @abstractmethod
     def publish(self, subject: str, message: Message, *, no_responders: Callable[[], None] | None = None) -> None:
@@ -96,8 +114,16 @@ class Bus(ABC):
         """Call ``handler`` for every request on the stream, from the oldest on, in order of sequence."""
 
     @abstractmethod
-    async def lead(self, router: str) -> int:
-        """Take the leadership of the deployment's routers; returns the new epoch, higher than any before."""
+    async def contents(self) -> StreamContents:
+        """What is on the request stream now, by sequence. Raises ``BusUnavailable``."""
+
+    @abstractmethod
+    async def lead(self, router: str, over: int | None = None) -> int:
+        """Take the leadership of the deployment's routers; returns the new epoch, higher than any before.
+
+        ``over``: only from the leader of that epoch (0: if there was none yet). Raises ``Overtaken`` if another
+        router leads by now.
+        """
 
     @abstractmethod
     async def leader(self) -> tuple[str, int]:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import nats
 import nats.errors
@@ -27,8 +28,21 @@ class Server:
     """Where to connect, and as whom."""
 
     url: str
+    """Or several, with commas between them: the servers of one cluster."""
     token: str | None
     name: str
+
+    @property
+    def urls(self) -> list[str]:
+        return [url.strip() for url in self.url.split(",") if url.strip()]
+
+    @property
+    def any_token(self) -> str | None:
+        """The token that was given, else that of a URL: the cluster's other servers announce themselves without."""
+        if self.token:
+            return self.token
+        parts = [urlsplit(url) for url in self.urls]
+        return next((part.username for part in parts if part.username and part.password is None), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +93,8 @@ async def open_client(server: Server, callbacks: Callbacks, reconnect_wait_s: fl
         # Without the timeout a refused connection would be tried for ever.
         async with asyncio.timeout(timeout_s):
             await client.connect(
-                server.url,
-                token=server.token,
+                server.urls,
+                token=server.any_token,
                 name=server.name,
                 connect_timeout=2,
                 allow_reconnect=False,

@@ -38,6 +38,16 @@ class StreamState(msgspec.Struct, frozen=True):
     messages: int
     first_seq: int
     last_seq: int
+    deleted: list[int] = []
+    """Gaps between the first and the last, if asked for."""
+
+
+class StoredRow(msgspec.Struct, frozen=True):
+    """A message as the stream's leader gives it out."""
+
+    subject: str
+    seq: int
+    data: bytes = b""
 
 
 class Delivered(msgspec.Struct, frozen=True):
@@ -56,6 +66,7 @@ class Answer(msgspec.Struct, frozen=True):
     delivered: Delivered | None = None
     config: Config = {}
     state: StreamState | None = None
+    message: StoredRow | None = None
 
 
 class ApiError(BusError):
@@ -91,11 +102,27 @@ class JetStream:
 
     async def get(self, stream: str, seq: int) -> StoredMessage | None:
         """The message with that sequence, None if there is none."""
-        return await self._direct_get(stream, f'{{"seq":{seq}}}'.encode())
+        body = f'{{"seq":{seq}}}'.encode()
+        found = await self._direct_get(stream, body)
+        # On a cluster any replica answers a direct read, and one that lags does not have the latest messages yet.
+        if found is None and self._connection.settings.replicas > 1:
+            return await self._leader_get(stream, body)
+        return found
 
     async def get_last(self, stream: str, subject: str) -> StoredMessage | None:
         """The last message of a subject, None if there is none."""
-        return await self._direct_get(stream, msgspec.json.encode({"last_by_subj": subject}))
+        body = msgspec.json.encode({"last_by_subj": subject})
+        if self._connection.settings.replicas > 1:
+            return await self._leader_get(stream, body)
+        return await self._direct_get(stream, body)
+
+    async def contents(self, stream: str) -> tuple[int, frozenset[int]]:
+        """(last sequence ever given, sequences of all messages that are there)."""
+        info = await self.call(f"STREAM.INFO.{stream}", {"deleted_details": True})
+        state = info.state
+        if state is None or not state.messages:
+            return (0 if state is None else state.last_seq), frozenset()
+        return state.last_seq, frozenset(range(state.first_seq, state.last_seq + 1)).difference(state.deleted)
 
     async def delete(self, stream: str, seq: int) -> bool:
         """Delete a message; False if there is none of that sequence."""
@@ -128,6 +155,18 @@ class JetStream:
         if code:
             raise BusError(f"read {stream}: {code} {headers.get('Description', '')}")
         return StoredMessage(int(headers["Nats-Sequence"]), headers["Nats-Subject"], reply.data)
+
+    async def _leader_get(self, stream: str, body: bytes) -> StoredMessage | None:
+        try:
+            answer = await self._ask(f"read {stream}", f"$JS.API.STREAM.MSG.GET.{stream}", body)
+        except ApiError as error:
+            if error.failure.err_code in _GONE:
+                return None
+            raise
+        row = answer.message
+        if row is None:
+            raise BusError(f"read {stream}: an answer without a message")
+        return StoredMessage(row.seq, row.subject, row.data)
 
     async def _persist(self, what: str, subject: str, data: bytes, headers: dict[str, str] | None = None) -> Reply:
         """Ask until there is an answer of a server that can serve."""

@@ -12,7 +12,17 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from llmserve.bus.base import Bus, BusUnavailable, Follower, Handler, QueueFull, StoredRequest, Subscription
+from llmserve.bus.base import (
+    Bus,
+    BusUnavailable,
+    Follower,
+    Handler,
+    Overtaken,
+    QueueFull,
+    StoredRequest,
+    StreamContents,
+    Subscription,
+)
 from llmserve.bus.messages import Message, MessageError, Request, Result, decode, encode
 from llmserve.bus.settings import BusCounters, BusSettings
 from llmserve.bus.subjects import Subjects
@@ -71,7 +81,13 @@ class MemoryBroker:
         subject = self.subjects.result(tenant, result.request_id)
         return self.results.setdefault(subject, result) == result
 
-    def lead(self, router: str) -> int:
+    def contents(self) -> StreamContents:
+        return StreamContents(self._last_seq, frozenset(self.requests))
+
+    def lead(self, router: str, over: int | None = None) -> int:
+        """Raises ``Overtaken``."""
+        if over is not None and over != self._leader[1]:
+            raise Overtaken(f"router {self._leader[0]!r} leads in epoch {self._leader[1]}")
         self._leader = (router, self._leader[1] + 1)
         return self._leader[1]
 
@@ -167,6 +183,10 @@ class MemoryBus(Bus):
         self._open: list[Subscription] = []
         self._hooks: list[Callable[[], Awaitable[None]]] = []
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def publish(self, subject: str, message: Message, *, no_responders: Callable[[], None] | None = None) -> None:
         self._check()
         if not self.broker.inject(subject, encode(message)) and no_responders is not None:
@@ -200,8 +220,11 @@ class MemoryBus(Bus):
         self._open.append(follower)
         return follower
 
-    async def lead(self, router: str) -> int:
-        return await self._turn(lambda: self.broker.lead(router))
+    async def contents(self) -> StreamContents:
+        return await self._turn(self.broker.contents)
+
+    async def lead(self, router: str, over: int | None = None) -> int:
+        return await self._turn(lambda: self.broker.lead(router, over))
 
     async def leader(self) -> tuple[str, int]:
         return await self._turn(self.broker.leader)

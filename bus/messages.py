@@ -100,6 +100,8 @@ class Request(Message, frozen=True, kw_only=True):
     block_hashes: bytes = b""
     """Short hashes of the prompt's leading full blocks, see ``llmserve.bus.block_hashes``; a bounded number of them.
     Only where the router sends it depends on them: an engine computes its own."""
+    deaths: int = 0
+    """Workers that died while they ran earlier attempts."""
 
 
 class Result(Message, frozen=True, kw_only=True):
@@ -207,6 +209,8 @@ class Failed(Message, frozen=True, kw_only=True):
     attempt: int
     stage: Stage
     error: str
+    died: bool = False
+    """The worker's engine died of this or of something else that ran on it."""
 
 
 class Running(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -326,6 +330,10 @@ class AttemptLost(Message, frozen=True, kw_only=True):
     attempt: int
     seq: int
     cause: str
+    epoch: int = 0
+    """The router's; a gateway does not listen to an older one than it has heard."""
+    deaths: int = 0
+    """``Request.deaths`` of the next attempt."""
 
 
 class Rejected(Message, frozen=True, kw_only=True):
@@ -334,14 +342,25 @@ class Rejected(Message, frozen=True, kw_only=True):
     request_id: str
     attempt: int
     code: str
-    """``unservable``, ``deadline`` or ``unavailable``."""
+    """``unservable``, ``deadline``, ``unavailable``, ``cancelled`` or ``poison``."""
     message: str
+    epoch: int = 0
+    """As in ``AttemptLost``."""
 
 
 class Cancel(Message, frozen=True, kw_only=True):
     """To everyone: stop these requests, whatever their attempt, and free what they hold."""
 
     request_ids: list[str]
+    epoch: int = 0
+    """The router's, when it cancels what a dead gateway left; 0 when a gateway cancels its own."""
+
+
+class Ping(Message, frozen=True, kw_only=True):
+    """Sent to a member's own subject; nobody answers, but the server tells the sender if nobody listens."""
+
+    member: str
+    """The sender."""
 
 
 AnyMessage: TypeAlias = (
@@ -361,6 +380,7 @@ AnyMessage: TypeAlias = (
     | AttemptLost
     | Rejected
     | Cancel
+    | Ping
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -6,7 +6,18 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from llmserve.bus.base import Bus, BusError, BusUnavailable, Follower, Handler, QueueFull, StoredRequest, Subscription
+from llmserve.bus.base import (
+    Bus,
+    BusError,
+    BusUnavailable,
+    Follower,
+    Handler,
+    Overtaken,
+    QueueFull,
+    StoredRequest,
+    StreamContents,
+    Subscription,
+)
 from llmserve.bus.client import RawSubscription
 from llmserve.bus.connection import Connection
 from llmserve.bus.follower import StreamFollower
@@ -60,6 +71,10 @@ class NatsBus(Bus):
     @property
     def connected(self) -> bool:
         return self._connection.connected
+
+    @property
+    def closed(self) -> bool:
+        return self._connection.closed
 
     async def ensure_streams(self) -> None:
         """Make the streams, or change them to the settings. Also after a reconnect: the server may be a new one."""
@@ -142,8 +157,22 @@ class NatsBus(Bus):
         self._followers.add(follower)
         return follower
 
-    async def lead(self, router: str) -> int:
-        return await self._api.publish(leader_subject(self.subjects), router.encode(), {})
+    async def contents(self) -> StreamContents:
+        return StreamContents(*await self._api.contents(self.subjects.request_stream))
+
+    async def lead(self, router: str, over: int | None = None) -> int:
+        subject = leader_subject(self.subjects)
+        headers = {} if over is None else {"Nats-Expected-Last-Subject-Sequence": str(over)}
+        try:
+            return await self._api.publish(subject, router.encode(), headers)
+        except ApiError as error:
+            if error.failure.err_code != WRONG_LAST_SEQUENCE:
+                raise
+        # A try whose answer was lost may have been the one that took it.
+        leader, epoch = await self.leader()
+        if leader == router and over is not None and epoch > over:
+            return epoch
+        raise Overtaken(f"router {leader!r} leads in epoch {epoch}")
 
     async def leader(self) -> tuple[str, int]:
         message = await self._api.get_last(f"KV_{self.subjects.bucket}", leader_subject(self.subjects))

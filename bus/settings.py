@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmserve.manifests.schema import Manifest
+
 
 @dataclass(frozen=True, slots=True)
 class BusSettings:
@@ -28,6 +30,16 @@ class BusSettings:
     pending_max_messages: int = 65536
     """Messages of one subscription received and not handled; more are dropped and counted as a slow consumer."""
     pending_max_bytes: int = 64 << 20
+
+    @classmethod
+    def from_manifest(cls, manifest: Manifest) -> BusSettings:
+        """The bus's part of a manifest."""
+        queue_max_len = manifest.spec.scheduling.policies.queue_max_len
+        replicas = manifest.spec.bus.replicas
+        if replicas == 1:
+            return cls(queue_max_len=queue_max_len)
+        # When a cluster loses its leader, the election alone takes 4 to 9 s.
+        return cls(queue_max_len=queue_max_len, replicas=replicas, publish_patience_s=30.0)
 
 
 @dataclass(slots=True)

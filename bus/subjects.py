@@ -56,3 +56,7 @@ class Subjects:
     def kv_resync(self, member: str) -> str:
         """KvResync for one worker, or one member of the kv role."""
         return f"{self.root}.kv.resync.{member}"
+
+    def router(self, router: str) -> str:
+        """Where a router listens, so that others can tell whether it lives."""
+        return f"{self.root}.router.{router}"

@@ -118,7 +118,7 @@ class Stack:
         self._tasks.append(asyncio.create_task(work, name=name))
 
     async def _connect(self, endpoint: BusEndpoint, member: str) -> NatsBus:
-        settings = BusSettings(queue_max_len=self.manifest.spec.scheduling.policies.queue_max_len)
+        settings = BusSettings.from_manifest(self.manifest)
         name = self.manifest.metadata.name
         bus = await connect(endpoint.url, endpoint.token, name, member=member, settings=settings)
         self._bus_metrics.add(bus)

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import os
 import sys
+from dataclasses import replace
 
 from llmserve.bus.base import BusError
 from llmserve.bus.endpoint import bus_endpoint
@@ -44,8 +45,7 @@ async def heard(manifest: Manifest, url: str | None) -> list[Heartbeat]:
         if isinstance(message, Heartbeat):
             members[message.member] = message
 
-    policies = manifest.spec.scheduling.policies
-    settings = BusSettings(queue_max_len=policies.queue_max_len, publish_patience_s=3)
+    settings = replace(BusSettings.from_manifest(manifest), publish_patience_s=3)
     endpoint = bus_endpoint(manifest, url, os.environ)
     bus = await connect(endpoint.url, endpoint.token, manifest.metadata.name, member="status", settings=settings)
     try:

@@ -84,7 +84,7 @@ async def _serve(manifest: Manifest, nats_url: str | None, json_log: bool) -> in
         asyncio.get_running_loop().add_signal_handler(signum, stopping.set)
     member_id = f"gateway-{secrets.token_hex(6)}"
     endpoint = bus_endpoint(manifest, nats_url, os.environ)
-    settings = BusSettings(queue_max_len=manifest.spec.scheduling.policies.queue_max_len)
+    settings = BusSettings.from_manifest(manifest)
     bus = await connect(endpoint.url, endpoint.token, manifest.metadata.name, member=member_id, settings=settings)
     registry = CollectorRegistry()
     gateway = Gateway(manifest, bus, member_id, registry)

@@ -151,6 +151,8 @@ def _bus(spec: Spec) -> Iterator[Problem]:
         if value is not None and (message := secret_problem(value)):
             yield Problem((*at, name), message)
     if bus.url is None:
+        if bus.replicas > 1:
+            yield Problem((*at, "replicas"), f"{bus.replicas} needs an external cluster; name it in spec.bus.url")
         return
     if message := url_problem(bus.url):
         yield Problem((*at, "url"), message)

@@ -190,13 +190,15 @@ class Gateway(Part, frozen=True, kw_only=True):
 
 class Bus(Part, frozen=True, kw_only=True):
     url: str | None = None
-    """An external nats-server, or ``env:NAME``; None starts an embedded one."""
+    """An external nats-server, or ``env:NAME``; several of one cluster with commas; None starts an embedded one."""
     token: str | None = None
     """Token that the server asks for, or ``env:NAME``."""
     state_dir: str | None = None
     """Of the embedded server; ``$XDG_STATE_HOME/llmserve/<deployment>`` by default."""
     sync: Literal["interval", "always"] = "interval"
     """When the embedded server writes to the disk: each second, or before each acknowledgement (for power cuts)."""
+    replicas: Annotated[int, Meta(ge=1, le=5)] = 1
+    """Servers of the external cluster that keep each stream; 3 outlive the loss of one."""
 
 
 class ApiKey(Part, frozen=True, kw_only=True):

@@ -127,7 +127,7 @@ async def _serve(manifest: Manifest, options: Options, json_log: bool) -> int:
     async with AsyncExitStack() as closing:
         await metrics.start()
         closing.push_async_callback(metrics.stop)
-        settings = BusSettings(queue_max_len=manifest.spec.scheduling.policies.queue_max_len)
+        settings = BusSettings.from_manifest(manifest)
         bus = await connect(
             endpoint.url, endpoint.token, manifest.metadata.name, member=options.name, settings=settings
         )

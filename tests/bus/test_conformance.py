@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from llmserve.bus.base import BusUnavailable, QueueFull, StoredRequest
+from llmserve.bus.base import BusUnavailable, Overtaken, QueueFull, StoredRequest
 from llmserve.bus.messages import AnyMessage
 from tests.bus.conftest import AnyBus, Join
 from tests.bus.samples import a_cancel, a_request, a_result, until
@@ -234,6 +234,27 @@ async def test_each_lead_has_a_higher_epoch_and_everyone_sees_who_leads(join: Jo
     second = await two.lead("router-2")
     assert second > first
     assert await one.leader() == ("router-2", second)
+
+
+async def test_of_two_that_would_follow_the_same_leader_one_leads(join: Join) -> None:
+    one, two = await join("one"), await join("two")
+    first = await one.lead("router-1", over=0)
+    with pytest.raises(Overtaken):
+        await two.lead("router-2", over=0)
+    second = await two.lead("router-2", over=first)
+    with pytest.raises(Overtaken):
+        await one.lead("router-1", over=first)
+    assert await one.leader() == ("router-2", second)
+
+
+async def test_the_contents_are_the_requests_that_are_not_finished(bus: AnyBus) -> None:
+    assert (await bus.contents()).seqs == frozenset()
+    seqs = [await bus.accept(a_request(f"r{i}"), f"t{i % 2}", "interactive") for i in range(6)]
+    for seq in (seqs[0], seqs[2], seqs[5]):
+        await bus.discard(seq)
+    contents = await bus.contents()
+    assert contents.seqs == {seqs[1], seqs[3], seqs[4]}
+    assert contents.last_seq == seqs[5]
 
 
 async def test_a_round_trip_takes_some_time(bus: AnyBus) -> None:

@@ -51,6 +51,8 @@ def test_every_example_is_a_value_that_the_field_takes() -> None:
             spec["engine"] = {"kind": "simulated"}
         if path.startswith(("spec.transfer.ucx", "spec.transfer.nccl")):
             spec["transfer"] = {"engine_order": ["nixl", "ucx", "nccl"]}
+        if path == "spec.bus.replicas":
+            spec["bus"] = {"url": "nats://host:4222"}
         if path.startswith("spec.storageClasses"):
             of_s3 = path.endswith(("bucket", "region"))
             store = {"type": "s3", "bucket": "b"} if of_s3 else {"type": "filesystem", "path": "/p"}

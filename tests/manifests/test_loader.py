@@ -109,6 +109,7 @@ def test_all_conflicts_between_fields_are_reported_at_once() -> None:
         ("bus: {url: 'http://h'}", "spec.bus.url", "nats://"),
         ("bus: {url: 'nats://h:1', state_dir: d}", "spec.bus.state_dir", "embedded"),
         ("bus: {url: 'nats://h:1', sync: always}", "spec.bus.sync", "embedded"),
+        ("bus: {replicas: 3}", "spec.bus.replicas", "external cluster"),
     ],
 )
 def test_a_combination_that_cannot_work_is_refused(spec: str, path: str, words: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from llmserve.bus.base import Bus, Follower, Handler, StoredRequest, Subscription
+from llmserve.bus.base import Bus, Follower, Handler, Overtaken, StoredRequest, StreamContents, Subscription
 from llmserve.bus.messages import Message, Request, Result, decode, encode
 from llmserve.bus.subjects import Subjects
 
@@ -71,7 +71,16 @@ class FakeBus(Bus):
         self.hub.followers.append(handler)
         return FakeSubscription(lambda: self.hub.followers.remove(handler))
 
-    async def lead(self, router: str) -> int:
+    @property
+    def closed(self) -> bool:
+        return False
+
+    async def contents(self) -> StreamContents:
+        return StreamContents(self.hub.seq, frozenset(self.hub.stream))
+
+    async def lead(self, router: str, over: int | None = None) -> int:
+        if over is not None and over != self.hub.leader[1]:
+            raise Overtaken(f"router {self.hub.leader[0]!r} leads")
         self.hub.leader = (router, self.hub.leader[1] + 1)
         return self.hub.leader[1]
 
