@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import time
-from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -41,22 +38,3 @@ class Failure:
 
 
 current_caller: ContextVar[Caller | None] = ContextVar("llmserve_caller", default=None)
-
-
-def cache_salts(deployment: str, tenants: Sequence[str], sharing: Mapping[str, Sequence[str]]) -> dict[str, bytes]:
-    """Cache salt of each tenant; those of one sharing group have the same. A tenant belongs to one group at most."""
-    salts = {tenant: _salt(deployment, f"tenant/{tenant}") for tenant in tenants}
-    for group, members in sharing.items():
-        salts.update(dict.fromkeys(members, _salt(deployment, f"group/{group}")))
-    return salts
-
-
-def _salt(deployment: str, owner: str) -> bytes:
-    return hmac.digest(deployment.encode(), owner.encode(), hashlib.sha256)
-
-
-def request_salt(tenant_salt: bytes, client_salt: str | None) -> str:
-    """Cache salt of a request: the tenant's, divided further by the client's own salt if it gave one."""
-    if client_salt is None:
-        return tenant_salt.hex()
-    return hmac.new(tenant_salt, client_salt.encode(), hashlib.sha256).hexdigest()

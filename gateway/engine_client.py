@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,9 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from llmserve.bus.base import Bus, BusUnavailable, QueueFull
+from llmserve.bus.cache_salt import CacheSalts, request_salt
 from llmserve.gateway.attempts import Fail
-from llmserve.gateway.caller import Caller, Failure, current_caller, request_salt
+from llmserve.gateway.caller import Caller, Failure, current_caller
 from llmserve.gateway.channel import Arrival, Call, Channel
 from llmserve.gateway.codec import Refusal
 from llmserve.gateway.metrics import GatewayMetrics
@@ -56,7 +56,7 @@ class BusEngineClient(EngineCoreClient):  # type: ignore[misc]
         bus: Bus,
         member_id: str,
         api: str,
-        salts: Mapping[str, bytes],
+        salts: CacheSalts,
         metrics: GatewayMetrics,
         *,
         deadline_s: float = 600.0,
@@ -84,7 +84,7 @@ class BusEngineClient(EngineCoreClient):  # type: ignore[misc]
         local_id = request.request_id
         try:
             refuse_unsupported(request)
-            salt = request_salt(self._salts[caller.tenant], request.cache_salt)
+            salt = request_salt(self._salts.owner(caller.tenant), request.cache_salt)
             codec = VllmRequestCodec(request, salt, self._encoder)
             mode = mode_of(request.sampling_params)
             self._callers[local_id] = caller

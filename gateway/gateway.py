@@ -15,16 +15,16 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from llmserve.bus.base import Bus, Subscription
+from llmserve.bus.cache_salt import CacheSalts
 from llmserve.bus.membership import Beater
 from llmserve.bus.messages import Heartbeat, Role
-from llmserve.gateway.caller import DEFAULT_TENANT, cache_salts
 from llmserve.gateway.identity import ApiKeys
 from llmserve.gateway.log import quiet_expected_failures
 from llmserve.gateway.metrics import GatewayMetrics
 from llmserve.gateway.middleware import GatewayMiddleware
 from llmserve.gateway.readiness import Readiness, needed_roles
 from llmserve.gateway.vllm_app import VllmApp, build_vllm_app, prepare_environment
-from llmserve.manifests.schema import ApiKey, Manifest
+from llmserve.manifests.schema import Manifest
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -171,11 +171,8 @@ class Gateway:
 
         return BusEngineClient
 
-    def _salts(self) -> dict[str, bytes]:
-        security = self._manifest.spec.security
-        tenants = {DEFAULT_TENANT, *self._manifest.spec.scheduling.fair_share.tenants}
-        tenants |= {key.tenant for key in security.api_keys if isinstance(key, ApiKey)}
-        return cache_salts(self._manifest.metadata.name, sorted(tenants), security.cache_sharing)
+    def _salts(self) -> CacheSalts:
+        return CacheSalts(self._manifest.metadata.name, self._manifest.spec.security.cache_sharing)
 
     def _heartbeat(self) -> Heartbeat:
         return Heartbeat(

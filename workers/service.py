@@ -10,6 +10,7 @@ import socket
 import time
 
 from llmserve.bus.base import Bus
+from llmserve.bus.cache_salt import CacheSalts
 from llmserve.bus.messages import Role
 from llmserve.bus.subjects import is_token
 from llmserve.manifests.schema import Manifest
@@ -83,7 +84,11 @@ class WorkerService:
             pid=os.getpid(),
             metrics_port=self._metrics_port,
         )
-        settings = WorkerSettings(lease_s=self._manifest.spec.transfer.lease_s)
+        manifest = self._manifest
+        settings = WorkerSettings(
+            lease_s=manifest.spec.transfer.lease_s,
+            salts=CacheSalts(manifest.metadata.name, manifest.spec.security.cache_sharing),
+        )
         worker = Worker(self._bus, engine, identity, settings, self._metrics)
         try:
             self.info = await worker.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from llmserve.bus.base import StoredRequest
+from llmserve.bus.cache_salt import CacheSalts
 from llmserve.bus.messages import (
     Delta,
     Deltas,
@@ -32,13 +33,22 @@ class WorkerState:
     A grant is known by its sequence, which no other attempt shares, so that one delivered twice runs once.
     """
 
-    def __init__(self, identity: Identity, info: EngineInfo, *, lease_s: float, remember_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        info: EngineInfo,
+        *,
+        lease_s: float,
+        remember_s: float = 60.0,
+        salts: CacheSalts | None = None,
+    ) -> None:
         self.identity = identity
         self.info = info
         self.epoch = 0
         self.draining = False
         self.tasks: dict[int, Task] = {}
         self._lease_s = lease_s
+        self._salts = salts or CacheSalts("", {})
         self._stage = stage_of(identity.role)
         self._reports = Reports(identity.member)
         self._by_work: dict[str, Task] = {}
@@ -209,6 +219,8 @@ class WorkerState:
             whole_output=request.whole_output,
             first_tokens=first_tokens,
             handoff=handed_off.params if handed_off is not None else b"",
+            tenant=grant.tenant,
+            owner_salt=self._salts.owner(grant.tenant),
         )
         return Submit(task, grant, work)
 

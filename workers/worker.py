@@ -6,9 +6,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llmserve.bus.base import Bus, BusError, Subscription
+from llmserve.bus.cache_salt import CacheSalts
 from llmserve.bus.membership import Beater
 from llmserve.bus.messages import AnyMessage, Cancel, Failed, Grant, Heartbeat, Result, Sync
 from llmserve.workers.actions import (
@@ -45,6 +46,8 @@ class WorkerSettings:
     """How long cancelled and ended requests are remembered."""
     parallel_completions: int = 16
     """Results that are being recorded at once."""
+    salts: CacheSalts = field(default_factory=lambda: CacheSalts("", {}))
+    """Of the deployment: each tenant's pages are salted here, whatever its requests say."""
 
 
 class Worker:
@@ -80,7 +83,13 @@ class Worker:
         """Start the engine and join the deployment. Raises ``EngineError`` or ``BusError``; close with ``stop``."""
         info = await self._engine.start()
         settings, subjects = self._settings, self._bus.subjects
-        self.state = WorkerState(self._identity, info, lease_s=settings.lease_s, remember_s=settings.remember_s)
+        self.state = WorkerState(
+            self._identity,
+            info,
+            lease_s=settings.lease_s,
+            remember_s=settings.remember_s,
+            salts=settings.salts,
+        )
         for subject in (subjects.work(self._identity.member), subjects.control):
             self._subscriptions.append(await self._bus.subscribe(subject, self._on_message))
         self._bus.on_reconnect(self._on_reconnect)

@@ -1,4 +1,4 @@
-"""Keys, salts, readiness, what is resumed and what is replayed."""
+"""Keys, readiness, what is resumed and what is replayed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 
 from llmserve.bus.messages import Heartbeat, Role
 from llmserve.gateway.attempts import Mode
-from llmserve.gateway.caller import cache_salts, request_salt
 from llmserve.gateway.identity import ApiKeys
 from llmserve.gateway.main import main
 from llmserve.gateway.readiness import Readiness
@@ -29,23 +28,6 @@ def test_without_keys_everyone_is_the_default_tenant() -> None:
 
 def test_keys_are_not_kept_in_memory() -> None:
     assert b"very-secret" not in repr(vars(ApiKeys(["very-secret"]))).encode()
-
-
-def test_only_tenants_of_one_group_share_a_salt() -> None:
-    salts = cache_salts("d", ["a", "b", "c"], {"friends": ["a", "b"]})
-    assert salts["a"] == salts["b"] != salts["c"]
-    assert salts["c"] != cache_salts("other", ["c"], {})["c"]
-
-
-def test_a_clients_salt_divides_its_tenants_cache_and_reaches_no_others() -> None:
-    salts = cache_salts("d", ["a", "b"], {})
-    made = {request_salt(salts[tenant], own) for tenant in "ab" for own in (None, "", "x", salts["a"].hex())}
-    assert len(made) == 8
-
-
-def test_a_tenant_named_like_a_group_is_not_in_it() -> None:
-    salts = cache_salts("d", ["g", "a"], {"g": ["a"]})
-    assert salts["g"] != salts["a"]
 
 
 def test_a_silent_member_is_not_alive() -> None:

@@ -51,6 +51,7 @@ def test_reads_what_vllm_encodes() -> None:
     assert body.prompt == [5, 6, 7]
     assert (body.max_tokens, body.min_tokens) == (9, 2)
     assert body.stop_token_ids == {11, 12}
+    assert body.cache_salt == "salt"
 
 
 @pytest.mark.vllm

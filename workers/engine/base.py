@@ -51,6 +51,11 @@ class Work:
     """Decode after a remote prefill: the output tokens that the prefill worker sampled."""
     handoff: bytes = b""
     """Decode after a remote prefill: ``EngineOutput.handoff`` of the prefill engine. Empty: compute everything."""
+    tenant: str = ""
+    """Whose it is, by the subject that it came on."""
+    owner_salt: bytes = b""
+    """The tenant's cache salt: the engine salts its pages with ``request_salt(owner_salt, salt in the body)``. Empty
+    only where nothing but this engine's own test is on the bus: then the body's salt is used as it is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from llmserve.bus import frames
+from llmserve.bus.cache_salt import request_salt
 from llmserve.bus.messages import Stage
 from llmserve.workers.connector.wire import HANDOFF, HOLD, RELEASE, WireError, decode_handoff
 from llmserve.workers.engine.base import EngineError, Work
@@ -58,10 +59,14 @@ class RequestStager:
         request.current_wave = 0
         request.resumable = False
         request.abort_immediately = False
+        request.session_id = None
+        request.kv_hints = None
         # The client's own parameters for KV transfer must not reach the connector.
         params = self._params(request).clone()
         params.extra_args = {k: v for k, v in (params.extra_args or {}).items() if k != _PARAMS} or None
         request.sampling_params = params
+        if work.owner_salt:
+            request.cache_salt = request_salt(work.owner_salt, request.cache_salt)
         self._check(request, params)
         if work.stage is Stage.PREFILL:
             return self._prefill(request, params, whole_output=work.whole_output)

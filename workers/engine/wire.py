@@ -1,8 +1,8 @@
 """What the simulated engine reads of a vLLM request, without importing vLLM.
 
 vLLM encodes ``EngineCoreRequest`` as a msgpack array in which only positions count (0 request id, 1 prompt token
-ids, 3 sampling parameters) and ``SamplingParams`` as a map that leaves defaults out. Fields not named here, and
-trailing positions, are skipped unread. ``tests/workers/test_wire.py`` holds this to vLLM's own encoder.
+ids, 3 sampling parameters, 7 cache salt) and ``SamplingParams`` as a map that leaves defaults out. Fields not named
+here, and trailing positions, are skipped unread. ``tests/workers/test_wire.py`` holds this to vLLM's own encoder.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Body:
     """None: up to the model's length."""
     min_tokens: int
     stop_token_ids: frozenset[int]
+    cache_salt: str | None = None
 
 
 class _Sampling(msgspec.Struct, gc=False):
@@ -39,6 +40,10 @@ class _Request(msgspec.Struct, array_like=True, gc=False):
     prompt_token_ids: list[int] | None
     mm_features: msgspec.Raw
     sampling_params: _Sampling | None
+    pooling_params: msgspec.Raw = msgspec.Raw()
+    arrival_time: float = 0.0
+    lora_request: msgspec.Raw = msgspec.Raw()
+    cache_salt: str | None = None
 
 
 _decoder = msgspec.msgpack.Decoder(_Request)
@@ -60,4 +65,5 @@ def decode_body(body: bytes) -> Body:
         max_tokens=sampling.max_tokens,
         min_tokens=sampling.min_tokens,
         stop_token_ids=frozenset(sampling.stop_token_ids or ()),
+        cache_salt=request.cache_salt,
     )

@@ -11,6 +11,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from llmserve.bus import frames
+from llmserve.bus.cache_salt import CacheSalts
 from llmserve.bus.messages import Stage
 from llmserve.workers.connector.wire import HANDOFF, HOLD, RELEASE, Handoff, encode
 from llmserve.workers.engine.base import EngineError, Work
@@ -67,6 +68,16 @@ def test_a_clients_own_transfer_parameters_never_reach_the_connector() -> None:
     data = body([1], extra_args={"kv_transfer_params": {RELEASE: ["someone"]}, "other": 1})
     staged = stage(Stage.WHOLE, data)
     assert params(staged).extra_args == {"other": 1}
+
+
+@pytest.mark.parametrize("at", [Stage.WHOLE, Stage.PREFILL, Stage.DECODE])
+def test_pages_are_salted_for_the_owner_whatever_salt_stands_in_the_body(at: Stage) -> None:
+    salts = CacheSalts("d", {})
+    found = {
+        stage(at, body([1, 2]), tenant=tenant, owner_salt=salts.owner(tenant)).request.cache_salt for tenant in "ab"
+    }
+    assert found == {salts.worker_salt("a", "salt"), salts.worker_salt("b", "salt")}
+    assert len(found) == 2
 
 
 def test_a_prefill_samples_one_token_and_holds_its_pages() -> None:
