@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from llmserve.bus.base import Bus, BusError, Follower, Handler, StoredRequest, Subscription
+from llmserve.bus.base import Bus, BusError, Follower, Handler, StoredRequest, StreamContents, Subscription
 from llmserve.bus.messages import (
     AnyMessage,
     AttemptLost,
@@ -73,7 +73,14 @@ class FakeBus(Bus):
     async def follow(self, handler: Callable[[StoredRequest], None]) -> Follower:
         raise NotImplementedError
 
-    async def lead(self, router: str) -> int:
+    @property
+    def closed(self) -> bool:
+        return False
+
+    async def contents(self) -> StreamContents:
+        raise NotImplementedError
+
+    async def lead(self, router: str, over: int | None = None) -> int:
         raise NotImplementedError
 
     async def leader(self) -> tuple[str, int]:
