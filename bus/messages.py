@@ -221,6 +221,10 @@ class Running(msgspec.Struct, frozen=True, array_like=True, gc=False):
     stage: Stage
     held: bool = False
     """Prefill is done and the pages wait for a decode worker."""
+    tenant: str = ""
+    prompt_tokens: int = 0
+    max_tokens: int = 0
+    """With the two above: what it takes of the budgets. Unknown while the request is still being fetched."""
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):

@@ -76,8 +76,20 @@ class WorkerState:
 
     def heartbeat(self, load: EngineLoad, *, leaving: bool = False) -> Heartbeat:
         info, identity = self.info, self.identity
-        inventory = [Running(task.seq, task.request.attempt, task.stage, task.held) for task in self.tasks.values()]
-        inventory += [Running(grant.seq, grant.attempt, grant.stage) for grant in self._fetching.values()]
+        inventory = [
+            Running(
+                task.seq,
+                task.request.attempt,
+                task.stage,
+                task.held,
+                task.tenant,
+                task.request.prompt_tokens,
+                task.request.max_tokens,
+            )
+            for task in self.tasks.values()
+        ]
+        fetching = self._fetching.values()
+        inventory += [Running(grant.seq, grant.attempt, grant.stage, tenant=grant.tenant) for grant in fetching]
         return Heartbeat(
             member=identity.member,
             role=identity.role,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from llmserve.bus.flow.credits import Stray
 from llmserve.bus.flow.entry import ON_WORKER, Entry
 from llmserve.bus.flow.settings import RouterSettings
 from llmserve.bus.messages import Stage
 
 
 class Budgets:
-    """A request counts from its first grant until it ends, is lost or returns to the queue."""
+    """A request counts from its first grant until it ends, is lost or returns to the queue; a stray while it runs."""
 
     def __init__(self, settings: RouterSettings) -> None:
         self._settings = settings
@@ -20,6 +21,9 @@ class Budgets:
         """Granted and running requests by stage."""
         self.in_progress: Counter[str] = Counter()
         """Requests in progress by tenant."""
+        self.stray_tokens = 0
+        self.strays_on_workers: Counter[Stage] = Counter()
+        self.strays_in_progress: Counter[str] = Counter()
 
     def count(self, entry: Entry) -> None:
         if not entry.counted:
@@ -39,29 +43,50 @@ class Budgets:
             del self.in_progress[entry.tenant]
         return at_bound
 
+    def count_stray(self, stray: Stray) -> None:
+        self.stray_tokens += stray.bound_tokens
+        self.strays_on_workers[stray.stage] += 1
+        self.strays_in_progress[stray.tenant] += 1
+
+    def uncount_stray(self, stray: Stray) -> bool:
+        """Returns whether the tenant stood at its bound until now."""
+        at_bound = self.tenant_full(stray.tenant)
+        self.stray_tokens -= stray.bound_tokens
+        self.strays_on_workers[stray.stage] -= 1
+        self.strays_in_progress[stray.tenant] -= 1
+        if not self.strays_in_progress[stray.tenant]:
+            del self.strays_in_progress[stray.tenant]
+        return at_bound
+
     def tenant_full(self, tenant: str) -> bool:
         bound = self._settings.tenant(tenant).max_concurrency
-        return bound is not None and self.in_progress[tenant] >= bound
+        return bound is not None and self.in_progress[tenant] + self.strays_in_progress[tenant] >= bound
 
     def stage_full(self, stage: Stage) -> bool:
         """Whether no further request may be granted in ``stage``."""
         if stage is Stage.PREFILL:
             bound = self._settings.max_prefill_concurrency
-            return bound is not None and self.on_workers[stage] >= bound
+            return bound is not None and self.running(stage) >= bound
         bound = self._settings.max_decode_concurrency
-        return bound is not None and self.on_workers[Stage.DECODE] + self.on_workers[Stage.WHOLE] >= bound
+        return bound is not None and self.running(Stage.DECODE) + self.running(Stage.WHOLE) >= bound
+
+    def running(self, stage: Stage) -> int:
+        """Requests on workers in that stage, strays included."""
+        return self.on_workers[stage] + self.strays_on_workers[stage]
 
     def has_tokens_for(self, entry: Entry) -> bool:
         bound = self._settings.max_tokens_in_flight
-        return bound is None or entry.counted or self.tokens_in_flight + entry.bound_tokens <= bound
+        if bound is None or entry.counted:
+            return True
+        return self.tokens_in_flight + self.stray_tokens + entry.bound_tokens <= bound
 
     def could_ever_have(self, entry: Entry) -> bool:
         bound = self._settings.max_tokens_in_flight
         return bound is None or entry.bound_tokens <= bound
 
-    def check(self, entries: Iterable[Entry]) -> None:
-        """Assert the invariants against all known requests."""
-        entries = list(entries)
+    def check(self, entries: Iterable[Entry], strays: Iterable[Stray]) -> None:
+        """Assert the invariants against all known requests and all strays of known workers."""
+        entries, strays = list(entries), list(strays)
         counted = [entry for entry in entries if entry.counted]
         assert self.tokens_in_flight == sum(entry.bound_tokens for entry in counted), "tokens in flight"
         tenants = Counter(entry.tenant for entry in counted)
@@ -69,3 +94,6 @@ class Budgets:
         stages = Counter(entry.stage for entry in entries if entry.place in ON_WORKER)
         assert +self.on_workers == stages, "requests on workers"
         assert all(number >= 0 for number in self.on_workers.values()), "negative concurrency"
+        assert self.stray_tokens == sum(stray.bound_tokens for stray in strays), "strays' tokens in flight"
+        assert +self.strays_in_progress == Counter(stray.tenant for stray in strays), "strays in progress"
+        assert +self.strays_on_workers == Counter(stray.stage for stray in strays), "strays on workers"

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from llmserve.bus.flow.entry import Entry
 from llmserve.bus.messages import Heartbeat, Role, Running, Stage
 
 STAGE_OF_ROLE = {Role.PREFILL: Stage.PREFILL, Role.DECODE: Stage.DECODE, Role.BOTH: Stage.WHOLE}
+
+
+@dataclass(frozen=True, slots=True)
+class Stray:
+    """What a worker runs though its book does not have it: an attempt given up, or not seen on the stream yet."""
+
+    tenant: str
+    stage: Stage
+    prompt_tokens: int
+    bound_tokens: int
+    pages: int
+    listed: bool
+    """The worker counts it in its free pages."""
 
 
 class WorkerState:
@@ -26,8 +41,11 @@ class WorkerState:
         """Set aside for the book's requests."""
         self.unlisted_pages = 0
         """Of those, for requests that ``beat`` cannot have counted in its free pages."""
-        self.strays = 0
-        """Requests that it runs and the book does not have: attempts given up, or not seen on the stream yet."""
+        self.strays: dict[int, Stray] = {}
+        """What it runs besides the book, by sequence."""
+        self.stray_prompt_tokens = 0
+        self.stray_pages = 0
+        self.stray_unlisted_pages = 0
         self.holds = False
         """Whether its last inventory lists pages held for a handoff."""
         self.inventory = {line.seq: line for line in beat.running}
@@ -50,34 +68,38 @@ class WorkerState:
     @property
     def free_pages(self) -> int:
         """Pages neither used nor set aside, by the more careful of the worker's count and ours."""
-        return min(self.beat.pages_total - self.pages, self.beat.pages_free - self.unlisted_pages)
+        return min(
+            self.beat.pages_total - self.pages - self.stray_pages,
+            self.beat.pages_free - self.unlisted_pages - self.stray_unlisted_pages,
+        )
 
-    def pages_for(self, entry: Entry, reserved_output_tokens: int) -> int:
-        """Pages that the request is going to need here."""
+    def pages_for(self, prompt_tokens: int, max_tokens: int, reserved_output_tokens: int) -> int:
+        """Pages that a request of that size is going to need here."""
         if not self.beat.pages_total or not self.beat.page_tokens:
             return 0
-        output = 1 if self.stage is Stage.PREFILL else min(entry.max_tokens, reserved_output_tokens)
-        return min(-(-(entry.prompt_tokens + output) // self.beat.page_tokens), self.beat.pages_total)
+        output = 1 if self.stage is Stage.PREFILL else min(max_tokens, reserved_output_tokens)
+        return min(-(-(prompt_tokens + output) // self.beat.page_tokens), self.beat.pages_total)
 
     def has_room(self) -> bool:
         """Whether some request, however small, fits now."""
-        if not self.open or len(self.book) + self.strays >= self.beat.slots:
+        if not self.open or len(self.book) + len(self.strays) >= self.beat.slots:
             return False
         if self.alone and not self.holds:
             return True
-        tokens = self.alone or self.stage is not Stage.PREFILL or self.prompt_tokens < self.beat.prefill_tokens
+        outstanding_tokens = self.prompt_tokens + self.stray_prompt_tokens
+        tokens = self.alone or self.stage is not Stage.PREFILL or outstanding_tokens < self.beat.prefill_tokens
         return tokens and (self.free_pages > 0 or not self.beat.pages_total)
 
     def fits(self, entry: Entry, reserved_output_tokens: int) -> bool:
         """Whether the request fits into the credit that is left."""
         if not self.has_room():
             return False
-        prompt_tokens = self.prompt_tokens + entry.prompt_tokens
+        prompt_tokens = self.prompt_tokens + self.stray_prompt_tokens + entry.prompt_tokens
         if self.stage is Stage.PREFILL and not self.alone and prompt_tokens > self.beat.prefill_tokens:
             return False
         if self.alone and not self.holds:
             return True
-        return self.free_pages >= self.pages_for(entry, reserved_output_tokens)
+        return self.free_pages >= self.pages_for(entry.prompt_tokens, entry.max_tokens, reserved_output_tokens)
 
     def serves(self, entry: Entry) -> bool:
         """Whether the request fits into the model's context here."""
@@ -86,10 +108,10 @@ class WorkerState:
     def load(self) -> float:
         """How busy it is, 0 to about 1; comparable between workers that could take the same request."""
         if self.stage is Stage.PREFILL:
-            return self.prompt_tokens / max(1, self.beat.prefill_tokens)
+            return (self.prompt_tokens + self.stray_prompt_tokens) / max(1, self.beat.prefill_tokens)
         if self.beat.pages_total:
             return 1.0 - self.free_pages / self.beat.pages_total
-        return len(self.book) / max(1, self.beat.slots)
+        return (len(self.book) + len(self.strays)) / max(1, self.beat.slots)
 
     def take(self, entry: Entry, pages: int) -> None:
         """Enter the request into the book."""
@@ -119,10 +141,31 @@ class WorkerState:
             if not entry.listed and entry.seq in self.inventory:
                 entry.listed = True
                 self.unlisted_pages -= entry.pages
-        self.recount_strays()
 
-    def recount_strays(self) -> None:
-        self.strays = sum(1 for line in self.inventory.values() if not line.held and line.seq not in self.book)
+    def listed_strays(self, reserved_output_tokens: int) -> dict[int, Stray]:
+        """What its last inventory shows besides the book."""
+        strays = {}
+        for seq, line in self.inventory.items():
+            if not line.held and seq not in self.book:
+                pages = self.pages_for(line.prompt_tokens, line.max_tokens, reserved_output_tokens)
+                bound_tokens = line.prompt_tokens + line.max_tokens
+                strays[seq] = Stray(line.tenant, line.stage, line.prompt_tokens, bound_tokens, pages, True)
+        return strays
+
+    def add_stray(self, seq: int, stray: Stray) -> None:
+        self.strays[seq] = stray
+        self.stray_prompt_tokens += stray.prompt_tokens
+        self.stray_pages += stray.pages
+        if not stray.listed:
+            self.stray_unlisted_pages += stray.pages
+
+    def remove_stray(self, seq: int) -> Stray:
+        stray = self.strays.pop(seq)
+        self.stray_prompt_tokens -= stray.prompt_tokens
+        self.stray_pages -= stray.pages
+        if not stray.listed:
+            self.stray_unlisted_pages -= stray.pages
+        return stray
 
     def check(self) -> None:
         """Assert the invariants."""
@@ -131,6 +174,12 @@ class WorkerState:
         assert self.pages == sum(entry.pages for entry in entries), f"{self.member}: pages"
         unlisted = sum(entry.pages for entry in entries if not entry.listed)
         assert self.unlisted_pages == unlisted, f"{self.member}: unlisted pages"
-        assert min(self.prompt_tokens, self.pages, self.unlisted_pages, self.strays) >= 0, f"{self.member}: negative"
+        assert min(self.prompt_tokens, self.pages, self.unlisted_pages) >= 0, f"{self.member}: negative"
+        strays = self.strays.values()
+        assert self.stray_prompt_tokens == sum(s.prompt_tokens for s in strays), f"{self.member}: strays' tokens"
+        assert self.stray_pages == sum(s.pages for s in strays), f"{self.member}: strays' pages"
+        unlisted = sum(s.pages for s in strays if not s.listed)
+        assert self.stray_unlisted_pages == unlisted, f"{self.member}: strays' unlisted pages"
+        assert not self.strays.keys() & self.book.keys(), f"{self.member}: a stray is in the book"
         assert all(entry.worker is self for entry in entries), f"{self.member}: books another's request"
         assert all(entry.holder is self for entry in self.holding.values()), f"{self.member}: holds another's pages"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from llmserve.bus.flow.budgets import Budgets
 from llmserve.bus.flow.costs import Costs
-from llmserve.bus.flow.credits import WorkerState
+from llmserve.bus.flow.credits import Stray, WorkerState
 from llmserve.bus.flow.entry import IN_ORDER, ON_WORKER, Charge, Entry, Place
 from llmserve.bus.flow.queue import FairQueue
 from llmserve.bus.flow.settings import RouterSettings
@@ -85,6 +85,7 @@ class Ledger:
 
     def adopt(self, entry: Entry, worker: WorkerState, stage: Stage, now_s: float) -> None:
         """A worker runs it though it was not sent there by this router."""
+        self.stray_ended(worker.member, entry.seq)
         self._put_on(entry, worker, stage, Place.RUNNING, now_s)
         entry.listed = True
         worker.unlisted_pages -= entry.pages
@@ -95,26 +96,56 @@ class Ledger:
 
     def lose(self, entry: Entry, now_s: float, *, stray: bool) -> None:
         """Its gateway has to replace it; ``stray``: its worker may still run it."""
-        worker = entry.worker
-        self._detach(entry)
-        self._uncount(entry)
-        entry.handoff = entry.holder = None
-        if worker is not None and stray:
-            worker.strays += 1
+        self._leave(entry, stray=stray)
         entry.move(Place.LOST, now_s)
         self.timers.set(now_s + self.settings.lost_retry_s, entry)
 
-    def forget(self, entry: Entry) -> None:
-        """It is over, or another attempt takes its place."""
-        self._detach(entry)
-        self._uncount(entry)
+    def forget(self, entry: Entry, *, stray: bool = False) -> None:
+        """It is over, or another attempt takes its place; ``stray``: its worker may still run it."""
+        self._leave(entry, stray=stray)
         entry.stamp += 1
         entry.data = b""
-        entry.handoff = entry.holder = None
         del self.entries[entry.seq]
         if self.by_request.get(entry.request_id) is entry:
             del self.by_request[entry.request_id]
         self.gateways[entry.gateway].requests.pop(entry.seq)
+
+    def _leave(self, entry: Entry, *, stray: bool) -> None:
+        worker, pages, listed = entry.worker, entry.pages, entry.listed
+        self._detach(entry)
+        if stray and worker is not None and not worker.gone:
+            left = Stray(entry.tenant, entry.stage, entry.prompt_tokens, entry.bound_tokens, pages, listed)
+            self._add_stray(worker, entry.seq, left)
+        self._uncount(entry)
+        entry.handoff = entry.holder = None
+
+    def recount_strays(self, worker: WorkerState) -> None:
+        """After a heartbeat: what its inventory shows besides the book is what it runs besides the book."""
+        listed = worker.listed_strays(self.settings.reserved_output_tokens)
+        for seq in list(worker.strays):
+            self.stray_ended(worker.member, seq)
+        for seq, stray in listed.items():
+            self._add_stray(worker, seq, stray)
+
+    def stray_ended(self, member: str, seq: int) -> None:
+        """The worker does not run it any more, if it did."""
+        worker = self.workers.get(member)
+        if worker is None or seq not in worker.strays:
+            return
+        stray = worker.remove_stray(seq)
+        if self.budgets.uncount_stray(stray):
+            self._unpark(stray.tenant)
+
+    def drop_worker(self, worker: WorkerState) -> None:
+        """It is gone; its book and what it holds are the caller's to move."""
+        for seq in list(worker.strays):
+            self.stray_ended(worker.member, seq)
+        worker.gone = True
+        del self.workers[worker.member]
+
+    def _add_stray(self, worker: WorkerState, seq: int, stray: Stray) -> None:
+        worker.add_stray(seq, stray)
+        self.budgets.count_stray(stray)
 
     def settle(self, entry: Entry, output_tokens: int, cached_tokens: int) -> None:
         """Replace the estimates that the tenant was charged by the real cost."""
@@ -128,8 +159,11 @@ class Ledger:
         self.budgets.count(entry)
         entry.move(place, now_s)
         entry.stage = stage
-        worker.take(entry, worker.pages_for(entry, self.settings.reserved_output_tokens))
+        worker.take(entry, self._pages(entry, worker))
         self.budgets.on_workers[stage] += 1
+
+    def _pages(self, entry: Entry, worker: WorkerState) -> int:
+        return worker.pages_for(entry.prompt_tokens, entry.max_tokens, self.settings.reserved_output_tokens)
 
     def _detach(self, entry: Entry) -> None:
         if entry.ticket and entry.queue is not None:
@@ -142,15 +176,19 @@ class Ledger:
 
     def _uncount(self, entry: Entry) -> None:
         if self.budgets.uncount(entry):
-            for queue in self.first_queues.values():
-                queue.unpark(entry.tenant)
+            self._unpark(entry.tenant)
+
+    def _unpark(self, tenant: str) -> None:
+        for queue in self.first_queues.values():
+            queue.unpark(tenant)
 
     def _weight(self, tenant: str) -> float:
         return self.settings.tenant(tenant).weight
 
     def check(self) -> None:
         """Assert every invariant; linear in all that is known."""
-        self.budgets.check(self.entries.values())
+        strays = [stray for worker in self.workers.values() for stray in worker.strays.values()]
+        self.budgets.check(self.entries.values(), strays)
         for worker in self.workers.values():
             worker.check()
             assert not worker.gone, f"{worker.member}: gone and known"

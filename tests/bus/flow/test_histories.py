@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmserve.bus.flow.settings import RouterSettings, TenantSettings
@@ -96,6 +96,13 @@ def test_without_faults_no_attempt_is_lost(seed: int) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 1 << 30), st.sampled_from((0.0, 0.1)), st.booleans())
+@example(11, 0.1, False)
+@example(125, 0.1, False)
+@example(1234, 0.1, False)
+@example(11070, 0.1, True)
+@example(12166, 0.1, False)
+@example(26764, 0.1, True)
+@example(946651234, 0.1, False)
 def test_new_leaders_in_between_lose_nothing_and_grant_nothing_that_still_runs(
     seed: int, loss: float, both: bool
 ) -> None:

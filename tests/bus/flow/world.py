@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from llmserve.bus.base import StoredRequest
 from llmserve.bus.flow.actions import Action, Broadcast, CheckStored, Discard, NotifyGateway, SendGrant
 from llmserve.bus.flow.core import RouterCore
+from llmserve.bus.flow.entry import Place
 from llmserve.bus.flow.events import Checked, Event, NoResponders, Tick
 from llmserve.bus.flow.settings import RouterSettings
 from llmserve.bus.messages import (
@@ -76,6 +77,23 @@ def beat(member: str, role: Role, **more: object) -> Heartbeat:
 
 
 @dataclass
+class Load:
+    """What counts against the bounds."""
+
+    tokens: int = 0
+    stages: Counter[Stage] = field(default_factory=Counter)
+    tenants: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def decoding(self) -> int:
+        return self.stages[Stage.DECODE] + self.stages[Stage.WHOLE]
+
+    def add(self, tenant: str, bound_tokens: int) -> None:
+        self.tokens += bound_tokens
+        self.tenants[tenant] += 1
+
+
+@dataclass
 class Job:
     of: Request
     grant: Grant
@@ -99,7 +117,15 @@ class FakeWorker:
     def heartbeat(self) -> Heartbeat:
         pages = sum(-(-(job.of.prompt_tokens + 1) // 16) for job in self.jobs.values())
         lines = [
-            Running(seq=seq, attempt=job.of.attempt, stage=job.grant.stage, held=job.held)
+            Running(
+                seq=seq,
+                attempt=job.of.attempt,
+                stage=job.grant.stage,
+                held=job.held,
+                tenant=job.grant.tenant,
+                prompt_tokens=job.of.prompt_tokens,
+                max_tokens=job.of.max_tokens,
+            )
             for seq, job in self.jobs.items()
         ]
         return beat(self.name, self.role, epoch=self.epoch, pages_free=max(0, 100 - pages), running=lines)
@@ -115,6 +141,9 @@ class World:
         self.now_s = 0.0
         self.seq = 0
         self.made = 0
+        self.given_up = False
+        self.told: dict[str, set[int]] = {}
+        """What the router can know that each worker runs: the last inventory that reached it, and grants since."""
         self.unheard: list[tuple[float, Rejected]] = []
         """Rejections lost on the way, and when their gateway looks."""
         self.stream: dict[int, StoredRequest] = {}
@@ -166,9 +195,10 @@ class World:
     def restart_router(self) -> None:
         """Another leader: it knows nothing but the stream and what the workers answer to its Sync."""
         loss, self.loss = self.loss, 0.0
-        epoch = self.core.epoch + 1
+        epoch, self.given_up = self.core.epoch + 1, self.upset
         self.core = RouterCore(self.settings, random.Random(epoch))
         self.core.begin("r0", epoch)
+        self.told.clear()
         self.broadcast(Sync(epoch=epoch, router="r0"))
         alive = [worker for worker in self.workers.values() if worker.alive]
         early = alive[: self.rng.randrange(len(alive) + 1)]
@@ -184,16 +214,21 @@ class World:
     # -- one step of the world
 
     def tell(self, event: Event) -> None:
-        self.carry_out(self.core.handle(event, self.now_s))
+        if isinstance(event, Heartbeat):
+            self.told[event.member] = {line.seq for line in event.running if not line.held}
+        actions = self.core.handle(event, self.now_s)
+        self.told = {name: seqs for name, seqs in self.told.items() if name in self.core.ledger.workers}
+        self.carry_out(actions)
         self.core.check()
 
     def dispatch(self) -> None:
         found = self.load()
-        on_worker = {w.member: (len(w.book), w.prompt_tokens, w.pages) for w in self.core.ledger.workers.values()}
+        on_worker = {name: self.on_worker(name) for name in self.core.ledger.workers}
         self.carry_out(self.core.dispatch(self.now_s))
         self.core.check()
         self.check_bounds(found)
-        self.check_credits(on_worker)
+        for name in self.core.ledger.workers:
+            self.check_credit(name, on_worker[name])
 
     def elapse(self, seconds: float) -> None:
         self.now_s += seconds
@@ -327,6 +362,8 @@ class World:
 
     def receive(self, action: SendGrant) -> None:
         grant, worker = action.grant, self.workers[action.worker]
+        if action.worker in self.told:
+            self.told[action.worker].add(grant.seq)
         of = decode(grant.request)
         assert isinstance(of, Request)
         key = (of.request_id, of.attempt, grant.stage)
@@ -348,35 +385,71 @@ class World:
 
     # -- what must hold
 
-    def load(self) -> tuple[int, int, int, Counter[str]]:
-        """Tokens in flight, requests on prefill workers, on decode workers, and in progress by tenant."""
-        budgets = self.core.ledger.budgets
-        decoding = budgets.on_workers[Stage.DECODE] + budgets.on_workers[Stage.WHOLE]
-        return budgets.tokens_in_flight, budgets.on_workers[Stage.PREFILL], decoding, Counter(budgets.in_progress)
+    def running(self, name: str) -> dict[int, tuple[str, Stage, int, int]]:
+        """Tenant, stage, prompt and bound of tokens of all that the router can know that a worker runs, and of what
+        it believes so."""
+        worker, book = self.workers[name], self.core.ledger.workers[name].book
+        jobs = {
+            seq: (job.grant.tenant, job.grant.stage, job.of.prompt_tokens, job.of.prompt_tokens + job.of.max_tokens)
+            for seq, job in worker.jobs.items()
+            if worker.alive and not job.held and seq in self.told[name]
+        }
+        return jobs | {e.seq: (e.tenant, e.stage, e.prompt_tokens, e.bound_tokens) for e in book.values()}
 
-    def check_bounds(self, found: tuple[int, int, int, Counter[str]]) -> None:
-        """``found``: the load before the dispatch. What a new leader finds running may exceed a bound, and then it
-        must not grant more."""
-        tokens, prefilling, decoding, in_progress = self.load()
-        bounds = self.settings
-        assert tokens <= max(found[0], bounds.max_tokens_in_flight or 1 << 60)
-        assert prefilling <= max(found[1], bounds.max_prefill_concurrency or 1 << 60)
-        assert decoding <= max(found[2], bounds.max_decode_concurrency or 1 << 60)
-        for tenant, number in in_progress.items():
+    def load(self) -> Load:
+        """What runs on all workers that the router has heard of, and what waits between them."""
+        load = Load()
+        for name in self.core.ledger.workers:
+            for tenant, stage, _, bound_tokens in self.running(name).values():
+                load.add(tenant, bound_tokens)
+                load.stages[stage] += 1
+        for entry in self.core.ledger.entries.values():
+            gone = entry.worker is not None and entry.worker.gone
+            if entry.place is Place.WAITING or gone:
+                load.add(entry.tenant, entry.bound_tokens)
+            if gone:
+                load.stages[entry.stage] += 1
+        return load
+
+    def check_bounds(self, found: Load) -> None:
+        """``found``: the load before the dispatch. A worker that falls silent and comes back may bring more than the
+        bounds allow, and then nothing more must be granted."""
+        load, bounds = self.load(), self.settings
+        assert load.tokens <= max(found.tokens, bounds.max_tokens_in_flight or 1 << 60), "tokens in flight"
+        prefill, decode = bounds.max_prefill_concurrency or 1 << 60, bounds.max_decode_concurrency or 1 << 60
+        assert load.stages[Stage.PREFILL] <= max(found.stages[Stage.PREFILL], prefill), "prefill concurrency"
+        assert load.decoding <= max(found.decoding, decode), "decode concurrency"
+        for tenant, number in load.tenants.items():
             bound = bounds.tenant(tenant).max_concurrency or 1 << 60
-            assert number <= max(found[3][tenant], bound), f"{tenant} runs {number}"
+            assert number <= max(found.tenants[tenant], bound), f"{tenant} runs {number}"
+        if not self.upset:
+            assert load.tokens <= (bounds.max_tokens_in_flight or 1 << 60)
+            assert load.stages[Stage.PREFILL] <= prefill
+            assert load.decoding <= decode
+            for tenant, number in load.tenants.items():
+                assert number <= (bounds.tenant(tenant).max_concurrency or 1 << 60), f"{tenant} runs {number}"
 
-    def check_credits(self, found: dict[str, tuple[int, int, int]]) -> None:
-        """As the bounds: a worker that holds more than its credit, found so by a new leader, is granted no more."""
-        for worker in self.core.ledger.workers.values():
-            had = found[worker.member]
-            assert len(worker.book) <= max(had[0], worker.beat.slots), f"{worker.member} has more than its slots"
-            alone = len(worker.book) == 1
-            if worker.stage is Stage.PREFILL:
-                credit = max(had[1], worker.beat.prefill_tokens)
-                assert alone or worker.prompt_tokens <= credit, f"{worker.member}: prefill credit"
-            pages = max(had[2], worker.beat.pages_total)
-            assert alone or worker.pages <= pages, f"{worker.member}: more pages than it has"
+    def on_worker(self, name: str) -> tuple[int, int, int]:
+        """Number, prompt tokens and pages of what a worker runs."""
+        jobs, state = self.running(name).values(), self.core.ledger.workers[name]
+        pages = sum(state.pages_for(prompt, bound - prompt, 512) for _, _, prompt, bound in jobs)
+        return len(jobs), sum(prompt for _, _, prompt, _ in jobs), pages
+
+    def check_credit(self, name: str, found: tuple[int, int, int]) -> None:
+        """A worker with more than its credit is granted no more; without upsets none ever has more."""
+        state, (number, prompt_tokens, pages) = self.core.ledger.workers[name], self.on_worker(name)
+        slots, credit, total = state.beat.slots, state.beat.prefill_tokens, state.beat.pages_total
+        if self.upset:
+            slots, credit, total = max(found[0], slots), max(found[1], credit), max(found[2], total)
+        assert number <= slots, f"{name} has more than its slots"
+        if number > 1:
+            assert state.stage is not Stage.PREFILL or prompt_tokens <= credit, f"{name}: prefill credit"
+            assert pages <= total, f"{name}: more pages than it has"
+
+    @property
+    def upset(self) -> bool:
+        """Whether any attempt was given up so far, by this leader or an earlier one: it may run on somewhere."""
+        return self.given_up or sum(self.core.stats.attempts_lost.values()) > 0
 
     def settle(self, limit_s: float = 300.0) -> None:
         """No more faults: let everything end."""
