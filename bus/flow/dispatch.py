@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from llmserve.bus.flow.credits import WorkerState
 from llmserve.bus.flow.entry import Charge, Entry
 from llmserve.bus.flow.ledger import Ledger
+from llmserve.bus.flow.placement import Cost, by_load, cheapest
 from llmserve.bus.flow.queue import FairQueue, Flow
 from llmserve.bus.messages import Stage
 
-NEAR_BEST = 0.05
-"""Workers whose load is within this of the least are equally good."""
 SCAN = 8
 """Heads that do not fit which one pass over a queue steps past."""
 LEAST_AHEAD = 4
@@ -42,8 +41,10 @@ class Dispatcher:
     not any more: its stage then drains until it fits, so that nobody starves it.
     """
 
-    def __init__(self, ledger: Ledger, rng: random.Random) -> None:
+    def __init__(self, ledger: Ledger, rng: random.Random, cost: Cost = by_load) -> None:
+        """``cost``: what placement goes by."""
         self._ledger = ledger
+        self._cost = cost
         self._settings = ledger.settings
         self._rng = rng
         self._starved: FairQueue[Entry] | None = None
@@ -101,19 +102,16 @@ class Dispatcher:
         return Granted(entry, worker, waited_s)
 
     def _choose(self, entry: Entry, workers: list[WorkerState]) -> WorkerState | None:
-        """The least loaded worker that can take it now; at random among the near-best, so that load spreads."""
+        """The worker that takes it now; None if it has to wait."""
         budgets, reserved = self._ledger.budgets, self._settings.reserved_output_tokens
         if not budgets.has_tokens_for(entry):
             return None
         able = [
-            (worker.load(), worker)
+            worker
             for worker in workers
             if worker.fits(entry, reserved) and worker.serves(entry) and not budgets.stage_full(worker.stage)
         ]
-        if len(able) < 2:
-            return able[0][1] if able else None
-        least = min(load for load, _ in able)
-        return self._rng.choice([worker for load, worker in able if load <= least + NEAR_BEST])
+        return cheapest(entry, able, self._cost, self._rng)
 
     def _any_room(self, workers: list[WorkerState]) -> bool:
         budgets = self._ledger.budgets
