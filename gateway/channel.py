@@ -24,6 +24,7 @@ from llmserve.bus.messages import (
     Request,
 )
 from llmserve.gateway.attempts import Action, Attempts, Deliver, Discard, Fail, Mode, Submit, Withdraw
+from llmserve.gateway.block_size import BlockSize
 from llmserve.gateway.codec import RequestCodec
 from llmserve.gateway.metrics import GatewayMetrics, TenantMetrics
 
@@ -91,6 +92,8 @@ class Channel:
         self._on_failure = on_failure
         self._deadline_s = deadline_s
         self._probe_after_s = probe_after_s
+        self.block_size = BlockSize()
+        """Hears the heartbeats that its owner passes on."""
         self._calls: dict[str, Call] = {}
         self._by_local_id: dict[str, Call] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -239,6 +242,7 @@ class Channel:
 
     async def _store(self, call: Call, submit: Submit) -> int:
         delivered = call.attempts.tokens[: submit.offset]
+        block_tokens = self.block_size.tokens
         request = Request(
             request_id=call.request_id,
             gateway=self._member_id,
@@ -250,6 +254,8 @@ class Channel:
             whole_output=call.codec.whole_output,
             api=self._api,
             body=call.codec.body(call.request_id, delivered),
+            block_tokens=block_tokens,
+            block_hashes=call.codec.block_hashes(delivered, block_tokens) if block_tokens else b"",
         )
         return await self._bus.accept(request, call.tenant, call.klass)
 

@@ -21,3 +21,7 @@ class RequestCodec(ABC):
     @abstractmethod
     def body(self, request_id: str, delivered: Sequence[int]) -> bytes:
         """The engine's request to continue behind ``delivered`` output tokens."""
+
+    def block_hashes(self, delivered: Sequence[int], block_tokens: int) -> bytes:
+        """``Request.block_hashes`` of that request's prompt; empty if it can reuse nothing."""
+        return b""

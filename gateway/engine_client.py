@@ -85,7 +85,8 @@ class BusEngineClient(EngineCoreClient):  # type: ignore[misc]
         try:
             refuse_unsupported(request)
             salt = request_salt(self._salts.owner(caller.tenant), request.cache_salt)
-            codec = VllmRequestCodec(request, salt, self._encoder)
+            page_salt = self._salts.worker_salt(caller.tenant, salt)
+            codec = VllmRequestCodec(request, salt, self._encoder, page_salt)
             mode = mode_of(request.sampling_params)
             self._callers[local_id] = caller
             await self.channel.open(local_id, caller.tenant, caller.klass, codec, mode, caller.received_s)

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from llmserve.bus.base import Bus, Subscription
 from llmserve.bus.cache_salt import CacheSalts
 from llmserve.bus.membership import Beater
-from llmserve.bus.messages import Heartbeat, Role
+from llmserve.bus.messages import AnyMessage, Heartbeat, Role
 from llmserve.gateway.identity import ApiKeys
 from llmserve.gateway.log import quiet_expected_failures
 from llmserve.gateway.metrics import GatewayMetrics
@@ -128,7 +128,7 @@ class Gateway:
         self._vllm = await build_vllm_app(self._manifest, self._client)
         quiet_expected_failures()
         await self._client.channel.start()
-        self._heartbeats = await self._bus.subscribe(self._bus.subjects.heartbeats, self._readiness.hear)
+        self._heartbeats = await self._bus.subscribe(self._bus.subjects.heartbeats, self._hear)
         self._beater.start()
         security, gateway = self._manifest.spec.security, self._manifest.spec.gateway
         return GatewayMiddleware(
@@ -173,6 +173,10 @@ class Gateway:
 
     def _salts(self) -> CacheSalts:
         return CacheSalts(self._manifest.metadata.name, self._manifest.spec.security.cache_sharing)
+
+    def _hear(self, message: AnyMessage) -> None:
+        self._readiness.hear(message)
+        self._client.channel.block_size.hear(message)
 
     def _heartbeat(self) -> Heartbeat:
         return Heartbeat(

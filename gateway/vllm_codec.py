@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from llmserve.bus.block_hashes import short_hashes
 from llmserve.bus.frames import pack, unpack
 from llmserve.bus.messages import Reason
 from llmserve.gateway.attempts import Mode
@@ -73,9 +74,13 @@ def refuse_unsupported(request: EngineCoreRequest) -> None:
 class VllmRequestCodec(RequestCodec):
     """One ``EngineCoreRequest``."""
 
-    def __init__(self, request: EngineCoreRequest, cache_salt: str, encoder: MsgpackEncoder) -> None:
+    def __init__(
+        self, request: EngineCoreRequest, cache_salt: str, encoder: MsgpackEncoder, page_salt: str | None = None
+    ) -> None:
+        """``page_salt``: the one that workers make of ``cache_salt``; None: nothing is said about blocks."""
         self._request = request
         self._cache_salt = cache_salt
+        self._page_salt = page_salt
         self._encoder = encoder
         params = request.sampling_params
         self.whole_output = has_state(params)
@@ -100,6 +105,12 @@ class VllmRequestCodec(RequestCodec):
             params.prompt_logprob_token_ids = None
             request.sampling_params = params
         return pack(self._encoder.encode(request))
+
+    def block_hashes(self, delivered: Sequence[int], block_tokens: int) -> bytes:
+        # vLLM computes the whole prompt again if its log probabilities are asked for.
+        if self._page_salt is None or (self._request.sampling_params.prompt_logprobs is not None and not delivered):
+            return b""
+        return short_hashes([*self._request.prompt_token_ids, *delivered], block_tokens, self._page_salt)
 
 
 class VllmOutputs:
@@ -127,7 +138,8 @@ class VllmOutputs:
         if arrival.reason is not None:
             output.finish_reason = self._reasons[arrival.reason]
             output.stop_reason = delta.stop_reason
-        if delta.cached_tokens is not None:
+        # A further attempt finds what the first one computed: that is none of the client's.
+        if delta.cached_tokens is not None and delta.offset == 0 and skip == 0:
             output.prefill_stats = self._stats_class(num_cached_tokens=delta.cached_tokens)
         if delta.extra:
             self._add_extra(output, delta.extra, skip, first=delta.offset == 0 and skip == 0)
