@@ -33,11 +33,11 @@ class BlockSize:
 
     @property
     def tokens(self) -> int:
-        """Of most workers that are alive; 0 without any, or if they have no pages."""
+        """Of most workers that are alive and have pages; 0 without any."""
         now_s = self._clock_s()
         if now_s - self._counted_s >= 1.0:
             self._counted_s = now_s
             self._workers = {name: seen for name, seen in self._workers.items() if now_s - seen[1] < SILENT_AFTER_S}
-            counts = Counter(tokens for tokens, _ in self._workers.values())
+            counts = Counter(tokens for tokens, _ in self._workers.values() if tokens)
             self._tokens = counts.most_common(1)[0][0] if counts else 0
         return self._tokens
