@@ -1,0 +1,61 @@
+"""Where encoded pages lie below DRAM: one interface over filesystems and object stores."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+
+class StoreError(Exception):
+    """The store did not do it: full, read-only, out of reach, too slow, refused. The message is one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One object of a listing."""
+
+    path: str
+    size_bytes: int
+    used_s: float
+    """Unix time of its last ``touch``, or of its writing."""
+
+
+class PageStore(ABC):
+    """Bytes by path. Belongs to one event loop; its methods never block it."""
+
+    name: str
+    """Of the storage class."""
+    shared: bool
+    """Every node reaches it."""
+
+    @abstractmethod
+    async def read(self, path: str) -> bytes | None:
+        """The whole object, None if there is none. Raises ``StoreError``."""
+
+    @abstractmethod
+    async def write(self, path: str, data: bytes) -> None:
+        """Make the object exist with all of ``data``, or not at all. Raises ``StoreError``."""
+
+    @abstractmethod
+    async def contains(self, paths: Sequence[str]) -> int:
+        """How many of ``paths``, from the first on, exist without a gap. Raises ``StoreError``."""
+
+    @abstractmethod
+    async def delete(self, paths: Sequence[str]) -> None:
+        """Remove objects; those that are not there are ignored. Raises ``StoreError``."""
+
+    @abstractmethod
+    async def touch(self, paths: Sequence[str]) -> None:
+        """Note that these were used now. Raises ``StoreError``."""
+
+    @abstractmethod
+    def listing(self, prefix: str) -> AsyncIterator[list[Stored]]:
+        """All objects whose path starts with ``prefix``, in batches. Raises ``StoreError``."""
+
+    async def expect(self, paths: Sequence[str]) -> None:  # noqa: B027  # a hint: most stores have no use for it
+        """These will be read soon."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Never raises."""
