@@ -367,6 +367,46 @@ class Ping(Message, frozen=True, kw_only=True):
     """The sender."""
 
 
+# -- between gateways, and from the operator ----------------------------------------------------------------------
+
+
+class TenantSpending(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What one gateway let through for one tenant since its last report."""
+
+    tenant: str
+    requests: int
+    tokens: int
+    """Prompt and output; negative if more was given back than taken."""
+    open_requests: int
+    """HTTP requests open now."""
+
+
+class Spending(Message, frozen=True, kw_only=True):
+    """A gateway's report to the others, each second, so that limits hold over all of them."""
+
+    gateway: str
+    tenants: list[TenantSpending]
+
+
+class Reload(Message, frozen=True, kw_only=True):
+    """Read the manifest and the files it names again."""
+
+    reply_to: str
+    """Member whose gateway subject gets a ``Reloaded``."""
+
+
+class Reloaded(Message, frozen=True, kw_only=True):
+    """What a member did about a ``Reload``."""
+
+    member: str
+    problem: str = ""
+    """Why nothing was changed; empty if all is as the manifest says."""
+    changed: list[str] = []
+    """Parts that are different now."""
+    restart: list[str] = []
+    """Sections that have changed and are read at a start only."""
+
+
 AnyMessage: TypeAlias = (
     Request
     | Result
@@ -385,6 +425,9 @@ AnyMessage: TypeAlias = (
     | Rejected
     | Cancel
     | Ping
+    | Spending
+    | Reload
+    | Reloaded
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -33,6 +33,10 @@ class Subjects:
         """Router and gateways to all: Sync, Cancel."""
         self.kv_events = f"{self.root}.kv.event"
         """Workers and the kv role to router: KvEvents."""
+        self.spending = f"{self.root}.spending"
+        """Gateway to gateways: Spending."""
+        self.admin = f"{self.root}.admin"
+        """The operator to all: Reload."""
 
     def request(self, klass: str, tenant: str) -> str:
         return f"{self.root}.req.{klass}.{tenant}"

@@ -14,6 +14,7 @@ _COMMANDS = {
     "up": "start the whole stack of a manifest and serve",
     "apply": "check a manifest and print the plan",
     "status": "show a running deployment",
+    "reload": "read keys, limits and certificates of a running deployment again",
     "health": "ask a health endpoint; exit 0 if it is well",
 }
 

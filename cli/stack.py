@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
@@ -44,8 +44,15 @@ class StackFailed(Exception):
 class Stack:
     """``start`` everything, ``run`` until cancelled or a part fails, ``stop``; nothing is left behind."""
 
-    def __init__(self, manifest: Manifest, progress: Progress, nats_url: str | None = None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        progress: Progress,
+        nats_url: str | None = None,
+        read_manifest: Callable[[], Manifest] | None = None,
+    ) -> None:
         self.manifest = manifest
+        self._read_manifest = read_manifest
         self.registry = CollectorRegistry()
         self._progress = progress
         self._nats_url = nats_url or manifest.spec.bus.url
@@ -96,6 +103,11 @@ class Stack:
         for task in done:
             error = None if task.cancelled() else task.exception()
             raise StackFailed(f"{task.get_name()} ended: {error or 'without an error'}") from error
+
+    def reload(self) -> None:
+        """Read keys, limits and certificates again."""
+        if self._gateway is not None:
+            self._gateway.reload()
 
     async def stop(self) -> None:
         """Stop every part, the last started first."""
@@ -149,7 +161,9 @@ class Stack:
 
             member = member_id("gateway")
             bus = await self._connect(endpoint, member)
-            self._gateway = Gateway(self.manifest, bus, member, self.registry, drain_s=2.0)
+            self._gateway = Gateway(
+                self.manifest, bus, member, self.registry, drain_s=2.0, read_manifest=self._read_manifest
+            )
             await self._gateway.start()
         self._closing.push_async_callback(self._gateway.stop)
         self._spawn(self._gateway.serve(), "gateway")

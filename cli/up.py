@@ -89,7 +89,10 @@ async def _up(manifest: Manifest, arguments: argparse.Namespace, terminal: _Term
     progress.line(f"llmserve: {manifest.metadata.name}, from {arguments.manifest}")
     if terminal.log is not None:
         progress.line(f"log: {terminal.log}")
-    stack = Stack(manifest, progress, arguments.nats)
+    stack = Stack(
+        manifest, progress, arguments.nats, read_manifest=lambda: resolve(load(arguments.manifest), os.environ)
+    )
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, stack.reload)
     stopping = _stop_signal()
     code = 0
     try:

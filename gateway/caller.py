@@ -6,10 +6,16 @@ import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmserve.gateway.limits import TenantLimiter
 
 DEFAULT_TENANT = "default"
 INTERACTIVE = "interactive"
 """Class of requests that a client waits for."""
+BATCH = "batch"
+"""Class of requests that nobody waits for."""
 
 
 @dataclass(slots=True)
@@ -24,6 +30,8 @@ class Caller:
     accepted: bool = False
     """Whether the bus has taken a request of this caller."""
     failure: Failure | None = None
+    limiter: TenantLimiter | None = None
+    """The tenant's limits."""
 
 
 @dataclass(frozen=True, slots=True)

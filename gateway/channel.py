@@ -54,6 +54,8 @@ class Call:
     """Monotonic time of the last token, or of the start."""
     first_token_s: float | None = None
     probing: bool = False
+    on_end: Callable[[int], None] | None = None
+    """Called once, with the output tokens received, however the request ends."""
     missing_since_s: float | None = None
     """Monotonic time since which the stream is known not to hold the request any more."""
 
@@ -120,11 +122,19 @@ class Channel:
         return len(self._calls)
 
     async def open(
-        self, local_id: str, tenant: str, klass: str, codec: RequestCodec, mode: Mode, received_s: float
+        self,
+        local_id: str,
+        tenant: str,
+        klass: str,
+        codec: RequestCodec,
+        mode: Mode,
+        received_s: float,
+        on_end: Callable[[int], None] | None = None,
     ) -> None:
         """Accept a request durably; its tokens follow. Raises ``QueueFull`` or ``BusUnavailable``."""
         attempts = Attempts(mode, codec.max_tokens)
         call = Call(local_id, tenant, klass, codec, attempts, self._metrics.of_tenant(tenant), received_s)
+        call.on_end = on_end
         # Known before it is stored: its first tokens may overtake the acknowledgement.
         self._calls[call.request_id] = self._by_local_id[local_id] = call
         storing = asyncio.get_running_loop().create_task(self._store(call, call.attempts.start()))
@@ -329,6 +339,8 @@ class Channel:
     def _forget(self, call: Call) -> None:
         self._by_local_id.pop(call.local_id, None)
         if self._calls.pop(call.request_id, None) is not None:
+            if call.on_end is not None:
+                call.on_end(len(call.attempts.tokens))
             call.metrics.ended(len(call.attempts.tokens), call.first_token_s, call.progress_s)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:

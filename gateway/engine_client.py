@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,7 @@ from llmserve.gateway.attempts import Fail
 from llmserve.gateway.caller import Caller, Failure, current_caller
 from llmserve.gateway.channel import Arrival, Call, Channel
 from llmserve.gateway.codec import Refusal
+from llmserve.gateway.limits import LimitExceeded, Reservation
 from llmserve.gateway.metrics import GatewayMetrics
 from llmserve.gateway.vllm_codec import VllmOutputs, VllmRequestCodec, mode_of, refuse_unsupported
 
@@ -82,15 +85,23 @@ class BusEngineClient(EngineCoreClient):  # type: ignore[misc]
         if caller is None:
             raise RuntimeError("a request without a caller: the gateway's middleware is missing")
         local_id = request.request_id
+        reservation: Reservation | None = None
         try:
             refuse_unsupported(request)
+            if caller.limiter is not None:
+                params, prompt_tokens = request.sampling_params, len(request.prompt_token_ids)
+                reservation = caller.limiter.reserve(prompt_tokens, params.max_tokens, time.monotonic())
+                params.max_tokens = reservation.max_tokens
             salt = request_salt(self._salts.owner(caller.tenant), request.cache_salt)
             page_salt = self._salts.worker_salt(caller.tenant, salt)
             codec = VllmRequestCodec(request, salt, self._encoder, page_salt)
             mode = mode_of(request.sampling_params)
             self._callers[local_id] = caller
-            await self.channel.open(local_id, caller.tenant, caller.klass, codec, mode, caller.received_s)
+            settle = None if reservation is None else partial(_settle, reservation)
+            await self.channel.open(local_id, caller.tenant, caller.klass, codec, mode, caller.received_s, settle)
         except BaseException as error:
+            if reservation is not None:
+                reservation.cancel(time.monotonic())
             self._drop(local_id)
             raise _http_error(caller, error) from error
         caller.accepted = True
@@ -144,11 +155,17 @@ class BusEngineClient(EngineCoreClient):  # type: ignore[misc]
             self._processor.abort_requests([local_id], internal=True)
 
 
+def _settle(reservation: Reservation, output_tokens: int) -> None:
+    reservation.settle(output_tokens, time.monotonic())
+
+
 def _http_error(caller: Caller, error: BaseException) -> BaseException:
     match error:
         case Refusal():
             refused: BaseException = VLLMValidationError(str(error))
             return refused
+        case LimitExceeded():
+            failure = error.failure
         case QueueFull():
             failure = Failure(HTTPStatus.TOO_MANY_REQUESTS, "RateLimitError", str(error), _RETRY_AFTER_S)
         case BusUnavailable():

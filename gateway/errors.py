@@ -21,8 +21,10 @@ log = logging.getLogger(__name__)
 
 _KINDS = {
     401: "AuthenticationError",
+    403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     413: "RequestTooLargeError",
     429: "RateLimitError",
 }

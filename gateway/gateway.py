@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -18,11 +18,14 @@ from llmserve.bus.base import Bus, Subscription
 from llmserve.bus.cache_salt import CacheSalts
 from llmserve.bus.membership import Beater
 from llmserve.bus.messages import AnyMessage, Heartbeat, Role
-from llmserve.gateway.identity import ApiKeys
+from llmserve.gateway.access import Access
+from llmserve.gateway.http_bounds import HttpBounds, bounded_protocol
 from llmserve.gateway.log import quiet_expected_failures
 from llmserve.gateway.metrics import GatewayMetrics
-from llmserve.gateway.middleware import GatewayMiddleware
+from llmserve.gateway.middleware import GatewayMiddleware, RequestBounds
 from llmserve.gateway.readiness import Readiness, needed_roles
+from llmserve.gateway.reload import Reloader
+from llmserve.gateway.spending import SpendingReports
 from llmserve.gateway.vllm_app import VllmApp, build_vllm_app, prepare_environment
 from llmserve.manifests.schema import Manifest
 
@@ -57,10 +60,11 @@ class Gateway:
         drain_s: float = 5.0,
         host: str | None = None,
         port: int | None = None,
+        read_manifest: Callable[[], Manifest] | None = None,
     ) -> None:
         """``deadline_s``: longest wait of a request for its next token; ``drain_s``: for open responses at the stop.
 
-        ``host`` and ``port`` override the manifest's.
+        ``host`` and ``port`` override the manifest's; ``read_manifest`` reads it again for a reload.
         """
         self._manifest = manifest
         self._bus = bus
@@ -73,6 +77,11 @@ class Gateway:
         self._readiness = Readiness(needed_roles(manifest))
         self._heartbeats: Subscription | None = None
         self._beater = Beater(bus, self._heartbeat)
+        self._access = Access.of(manifest)
+        self._spending = SpendingReports(bus, member_id, self._access.limits)
+        self._reloader = Reloader(
+            bus, member_id, self._metrics, manifest, read_manifest or (lambda: manifest), self._access.change
+        )
         self._leaving = False
         self._vllm: VllmApp | None = None
         self._socket: socket.socket | None = None
@@ -105,7 +114,7 @@ class Gateway:
         config = uvicorn.Config(
             self.app,
             loop="none",
-            http="httptools",
+            http=bounded_protocol(HttpBounds.from_manifest(self._manifest.spec.gateway), self._metrics),
             ws="none",
             lifespan="off",
             access_log=False,
@@ -130,14 +139,16 @@ class Gateway:
         await self._client.channel.start()
         self._heartbeats = await self._bus.subscribe(self._bus.subjects.heartbeats, self._hear)
         self._beater.start()
-        security, gateway = self._manifest.spec.security, self._manifest.spec.gateway
-        return GatewayMiddleware(
-            self._vllm.app,
-            ApiKeys(security.api_keys),
-            self._readiness,
-            self._metrics,
-            max_body_bytes=gateway.max_body_kb * 1024,
+        await self._spending.start()
+        await self._reloader.start()
+        gateway = self._manifest.spec.gateway
+        bounds = RequestBounds(
+            gateway.max_body_kb << 10,
+            gateway.batch.max_file_mb << 20,
+            gateway.body_timeout_s,
+            gateway.request_timeout_s,
         )
+        return GatewayMiddleware(self._vllm.app, self._access, self._readiness, self._metrics, bounds)
 
     async def serve(self) -> None:
         """Answer requests until ``stop`` is called."""
@@ -147,6 +158,10 @@ class Gateway:
             await self._server.serve(sockets=[self._socket])
         finally:
             self._served.set()
+
+    def reload(self) -> None:
+        """Read the manifest again; errors are logged and change nothing."""
+        self._reloader.reload()
 
     async def stop(self) -> None:
         """Let open responses end within ``drain_s``, cancel the rest, and leave the deployment."""
@@ -163,6 +178,8 @@ class Gateway:
             await self._beater.stop()
             self._leaving = True
             self._beater.beat()
+        await self._reloader.stop()
+        await self._spending.stop()
         if self._heartbeats is not None:
             await self._heartbeats.unsubscribe()
 

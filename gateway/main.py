@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from llmserve.bus.base import BusError
-from llmserve.manifests.consistency import is_loopback
+from llmserve.manifests.consistency import authenticates, is_loopback
 from llmserve.manifests.errors import ManifestError
 from llmserve.manifests.loader import load, resolve
 from llmserve.manifests.models import ModelError
@@ -29,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; exit code 2 with one line on bad input."""
     parsed = _parser().parse_args(arguments)
     try:
-        manifest = _with_overrides(resolve(load(parsed.manifest), os.environ), parsed)
+        manifest = _read(parsed)
         import uvloop
 
-        return uvloop.run(_serve(manifest, parsed.nats, parsed.json_log))
+        return uvloop.run(_serve(manifest, parsed))
     except (ManifestError, ModelError, BusError, OSError) as error:
         print(f"llmserve-gateway: {error}", file=sys.stderr)
         return 2
@@ -51,6 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _read(parsed: argparse.Namespace) -> Manifest:
+    return _with_overrides(resolve(load(parsed.manifest), os.environ), parsed)
+
+
 def _with_overrides(manifest: Manifest, parsed: argparse.Namespace) -> Manifest:
     gateway = manifest.spec.gateway
     for field in ("host", "port", "metrics_port"):
@@ -60,14 +64,14 @@ def _with_overrides(manifest: Manifest, parsed: argparse.Namespace) -> Manifest:
         if isinstance(value, int) and not 0 <= value <= 65535:
             raise ManifestError([f"--{field.replace('_', '-')}: {value} is not a port, 0 to 65535 are"])
         gateway = replace(gateway, **{field: value})
-    if not manifest.spec.security.api_keys and not is_loopback(gateway.host):
+    if not authenticates(manifest.spec.security) and not is_loopback(gateway.host):
         raise ManifestError(
             [f"host {gateway.host!r} can be reached from outside: give spec.security.api_keys, or use 127.0.0.1"]
         )
     return replace(manifest, spec=replace(manifest.spec, gateway=gateway))
 
 
-async def _serve(manifest: Manifest, nats_url: str | None, json_log: bool) -> int:
+async def _serve(manifest: Manifest, parsed: argparse.Namespace) -> int:
     from prometheus_client import CollectorRegistry
 
     from llmserve.bus.endpoint import bus_endpoint
@@ -78,16 +82,17 @@ async def _serve(manifest: Manifest, nats_url: str | None, json_log: bool) -> in
     from llmserve.gateway.log import BindCaller
 
     begun_s = time.monotonic()
-    configure_logging(json=json_log or not sys.stderr.isatty(), filters=(BindCaller(),))
+    configure_logging(json=parsed.json_log or not sys.stderr.isatty(), filters=(BindCaller(),))
     stopping = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stopping.set)
     member_id = f"gateway-{secrets.token_hex(6)}"
-    endpoint = bus_endpoint(manifest, nats_url, os.environ)
+    endpoint = bus_endpoint(manifest, parsed.nats, os.environ)
     settings = BusSettings.from_manifest(manifest)
     bus = await connect(endpoint.url, endpoint.token, manifest.metadata.name, member=member_id, settings=settings)
     registry = CollectorRegistry()
-    gateway = Gateway(manifest, bus, member_id, registry)
+    gateway = Gateway(manifest, bus, member_id, registry, read_manifest=lambda: _read(parsed))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, gateway.reload)
     metrics = MetricsServer(registry, manifest.spec.gateway.host, manifest.spec.gateway.metrics_port)
     try:
         await metrics.start()

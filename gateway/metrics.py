@@ -68,6 +68,18 @@ class GatewayMetrics:
             "Deltas that were known, of an older attempt, or of no request",
             registry=registry,
         )
+        self.connections_refused = Counter(
+            "llmserve_connections_refused",
+            "HTTP connections ended before a request, by status",
+            ["status"],
+            registry=registry,
+        )
+        self.slow_clients = Counter(
+            "llmserve_slow_clients", "Clients disconnected since they did not read", registry=registry
+        )
+        self.reloads = Counter(
+            "llmserve_reloads", "Reloads of the manifest by outcome", ["outcome"], registry=registry
+        )
         self.open_requests = Gauge("llmserve_open_requests", "API requests being answered", registry=registry)
 
     def of_tenant(self, tenant: str) -> TenantMetrics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -12,9 +13,11 @@ from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llmserve.gateway.access import Access, is_upload, no_such_model
 from llmserve.gateway.caller import Caller, Failure, current_caller
 from llmserve.gateway.errors import error_body
-from llmserve.gateway.identity import ApiKeys
+from llmserve.gateway.identity import Denied
+from llmserve.gateway.limits import LimitExceeded
 from llmserve.gateway.metrics import GatewayMetrics
 
 log = logging.getLogger("llmserve.gateway.access")
@@ -28,21 +31,32 @@ class Health(Protocol):
         """What is missing for serving, or nothing."""
 
 
-class BodyTooLarge(Exception):
-    """The body grew beyond the limit while it was read."""
+class BodyRefused(Exception):
+    """The body grew beyond the limit while it was read, or took too long."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBounds:
+    """What one request may cost; None is no bound."""
+
+    body_bytes: int
+    file_bytes: int
+    """Of a body that is an uploaded file."""
+    body_timeout_s: float | None = None
+    request_timeout_s: float | None = None
 
 
 class GatewayMiddleware:
-    """Wraps vLLM's server. ``max_body_bytes`` bounds a request's body."""
+    """Wraps vLLM's server."""
 
     def __init__(
-        self, app: ASGIApp, keys: ApiKeys, health: Health, metrics: GatewayMetrics, *, max_body_bytes: int
+        self, app: ASGIApp, access: Access, health: Health, metrics: GatewayMetrics, bounds: RequestBounds
     ) -> None:
         self._app = app
-        self._keys = keys
+        self._access = access
         self._health = health
         self._metrics = metrics
-        self._max_body_bytes = max_body_bytes
+        self._bounds = bounds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,25 +70,64 @@ class GatewayMiddleware:
             await self._answer_health(scope["path"], send)
             return
         exchange = Exchange(send, _request_id(headers))
-        tenant = self._keys.tenant_of(headers)
-        if tenant is None:
-            await exchange.refuse(401, "AuthenticationError", "Missing or unknown API key", [_CHALLENGE])
-            self._record(scope, exchange, Caller("unknown", exchange.request_id), disconnected=False)
+        try:
+            tenant = await self._access.identity.tenant_of(headers)
+        except Denied as denied:
+            await self._refuse(scope, exchange, Caller("unknown", exchange.request_id), denied.failure)
             return
-        await self._serve(scope, receive, exchange, Caller(tenant, exchange.request_id), headers)
+        limiter = self._access.limits.of(tenant)
+        caller = Caller(tenant, exchange.request_id, limiter=limiter)
+        if not self._access.may_use_model(limiter) and scope["path"].startswith("/v1/models"):
+            await self._hide_model(scope, exchange, caller)
+            return
+        try:
+            counted = self._access.enter(limiter, scope["method"], scope["path"])
+        except LimitExceeded as exceeded:
+            exchange.caller = caller
+            await self._refuse(scope, exchange, caller, exceeded.failure)
+            return
+        try:
+            await self._serve(scope, receive, exchange, caller, headers)
+        finally:
+            if counted and limiter is not None:
+                limiter.leave()
+
+    async def _refuse(self, scope: Scope, exchange: Exchange, caller: Caller, failure: Failure) -> None:
+        caller.failure = failure
+        await exchange.fail(failure)
+        self._record(scope, exchange, caller, disconnected=False)
+
+    async def _hide_model(self, scope: Scope, exchange: Exchange, caller: Caller) -> None:
+        if scope["path"].rstrip("/") == "/v1/models":
+            body = b'{"object":"list","data":[]}'
+            await exchange.send(_start(200, [(b"content-type", b"application/json")], len(body)))
+            await exchange.send({"type": "http.response.body", "body": body})
+            self._record(scope, exchange, caller, disconnected=False)
+        else:
+            await self._refuse(scope, exchange, caller, no_such_model(scope["path"].removeprefix("/v1/models/")))
 
     async def _serve(
         self, scope: Scope, receive: Receive, exchange: Exchange, caller: Caller, headers: dict[bytes, bytes]
     ) -> None:
         exchange.caller = caller
-        body = _Body(receive, self._max_body_bytes, caller)
+        bounds = self._bounds
+        max_bytes = bounds.file_bytes if is_upload(scope["path"]) else bounds.body_bytes
+        body = _Body(receive, max_bytes, bounds.body_timeout_s, caller)
         token = current_caller.set(caller)
         self._metrics.open_requests.inc()
         try:
             body.check(_declared_bytes(headers))
-            await self._app(scope, body.receive, exchange.send)
+            async with asyncio.timeout(bounds.request_timeout_s) as deadline:
+                await self._app(scope, body.receive, exchange.send)
             await exchange.finish()
-        except BodyTooLarge:
+        except BodyRefused:
+            await exchange.finish()
+        except TimeoutError as error:
+            if deadline.expired() and caller.failure is None:
+                text = f"The response took longer than {bounds.request_timeout_s:g} s"
+                caller.failure = Failure(HTTPStatus.GATEWAY_TIMEOUT, "TimeoutError", text)
+            elif caller.failure is None:
+                log.error("request failed: %r", error)
             await exchange.finish()
         except Exception as error:
             # vLLM's error handler answers, then the error goes on to whoever serves; a stream just breaks off.
@@ -138,7 +191,7 @@ class Exchange:
             await self._forward(message)
             return
         if self.caller is not None and self.caller.failure is not None:
-            await self._replace(self.caller)
+            await self.fail(self.caller.failure)
             return
         self._held.append(message)
         ended = message["type"] == "http.response.body" and not message.get("more_body")
@@ -151,8 +204,8 @@ class Exchange:
             return
         failure = self.caller.failure if self.caller is not None else None
         if not self._begun:
-            if failure is not None and self.caller is not None:
-                await self._replace(self.caller)
+            if failure is not None:
+                await self.fail(failure)
             elif self._held:
                 await self._release()
         elif failure is not None and self._streaming:
@@ -167,16 +220,20 @@ class Exchange:
         self.status = status
         body = error_body(status, kind, message)
         all_headers = [(b"content-type", b"application/json"), (b"x-request-id", self.request_id.encode()), *headers]
+        all_headers += self._limit_headers()
         await self._send(_start(status, all_headers, len(body)))
         await self._send({"type": "http.response.body", "body": body})
 
-    async def _replace(self, caller: Caller) -> None:
-        failure = caller.failure
-        assert failure is not None
-        headers = []
+    async def fail(self, failure: Failure) -> None:
+        """Answer with ``failure``, unless the response has begun."""
+        headers = [_CHALLENGE] if failure.status == HTTPStatus.UNAUTHORIZED else []
         if failure.retry_after_s is not None:
             headers.append((b"retry-after", str(failure.retry_after_s).encode()))
         await self.refuse(failure.status, failure.kind, failure.message, headers)
+
+    def _limit_headers(self) -> list[tuple[bytes, bytes]]:
+        limiter = self.caller.limiter if self.caller is not None else None
+        return limiter.headers(time.monotonic()) if limiter is not None else []
 
     async def _release(self) -> None:
         self._begun = True
@@ -189,7 +246,8 @@ class Exchange:
             self.status = message["status"]
             self._streaming = any(value.startswith(b"text/event-stream") for _, value in message["headers"])
             headers = [(name, value) for name, value in message["headers"] if name.lower() != b"x-request-id"]
-            message = {**message, "headers": [*headers, (b"x-request-id", self.request_id.encode())]}
+            headers += [(b"x-request-id", self.request_id.encode()), *self._limit_headers()]
+            message = {**message, "headers": headers}
         elif message["type"] == "http.response.body" and not message.get("more_body"):
             self.complete = True
         await self._send(message)
@@ -198,28 +256,43 @@ class Exchange:
 class _Body:
     """The request's body on its way in, counted."""
 
-    def __init__(self, receive: Receive, max_bytes: int, caller: Caller) -> None:
+    def __init__(self, receive: Receive, max_bytes: int, timeout_s: float | None, caller: Caller) -> None:
         self._receive = receive
         self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+        self._complete = False
         self._caller = caller
         self._read_bytes = 0
+        self._began_s = asyncio.get_running_loop().time()
         self.disconnected = False
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        # Behind its body a request is read for its end only, for as long as it is answered.
+        message = await self._receive() if self._complete else await self._receive_in_time()
         if message["type"] == "http.request":
+            self._complete = not message.get("more_body")
             self._read_bytes += len(message.get("body", b""))
             self.check(self._read_bytes)
         elif message["type"] == "http.disconnect":
             self.disconnected = True
         return message
 
+    async def _receive_in_time(self) -> Message:
+        deadline_s = None if self._timeout_s is None else self._began_s + self._timeout_s
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                return await self._receive()
+        except TimeoutError:
+            text = f"The body did not arrive within {self._timeout_s:g} s"
+            self._caller.failure = Failure(HTTPStatus.REQUEST_TIMEOUT, "RequestTimeoutError", text)
+            raise BodyRefused from None
+
     def check(self, size_bytes: int) -> None:
-        """Raise ``BodyTooLarge`` and note the failure: FastAPI makes a 400 of whatever a body raises."""
+        """Raise ``BodyRefused`` and note the failure: FastAPI makes a 400 of whatever a body raises."""
         if size_bytes > self._max_bytes:
             text = f"The body is larger than {self._max_bytes} bytes"
             self._caller.failure = Failure(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "RequestTooLargeError", text)
-            raise BodyTooLarge
+            raise BodyRefused
 
 
 def _start(status: int, headers: list[tuple[bytes, bytes]], body_bytes: int) -> Message:

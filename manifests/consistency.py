@@ -5,10 +5,11 @@ from __future__ import annotations
 import ipaddress
 from collections import Counter
 from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
 
-from llmserve.manifests.environment import secret_problem, url_problem
+from llmserve.manifests.environment import hash_problem, secret_problem, url_problem
 from llmserve.manifests.errors import Problem, shown
-from llmserve.manifests.schema import ApiKey, Manifest, Spec
+from llmserve.manifests.schema import ApiKey, Manifest, Security, Spec
 
 
 def inconsistencies(manifest: Manifest) -> list[Problem]:
@@ -22,6 +23,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def authenticates(security: Security) -> bool:
+    """Whether callers must say who they are."""
+    return bool(security.api_keys or security.api_keys_file or security.oidc)
 
 
 def _models(spec: Spec) -> Iterator[Problem]:
@@ -135,11 +141,11 @@ def _gateway(spec: Spec) -> Iterator[Problem]:
     gateway, at = spec.gateway, ("spec", "gateway")
     if not gateway.host.strip():
         yield Problem((*at, "host"), "'' is not allowed; it must be an address to listen on")
-    elif not is_loopback(gateway.host) and not spec.security.api_keys:
+    elif not is_loopback(gateway.host) and not authenticates(spec.security):
         yield Problem(
             (*at, "host"),
             f"{shown(gateway.host)} can be reached from outside and spec.security.api_keys is empty: "
-            "name keys, or listen on 127.0.0.1",
+            "name keys (or api_keys_file, or oidc), or listen on 127.0.0.1",
         )
     if gateway.port and gateway.port == gateway.metrics_port:
         yield Problem((*at, "metrics_port"), f"{gateway.port} is spec.gateway.port already")
@@ -150,6 +156,12 @@ def _bus(spec: Spec) -> Iterator[Problem]:
     for name, value in (("url", bus.url), ("token", bus.token)):
         if value is not None and (message := secret_problem(value)):
             yield Problem((*at, name), message)
+    if bus.tls is not None:
+        if bus.url is None:
+            yield Problem((*at, "tls"), "is for an external server, and spec.bus.url names none")
+        if (bus.tls.cert is None) != (bus.tls.key is None):
+            lacking = "key" if bus.tls.key is None else "cert"
+            yield Problem((*at, "tls", lacking), "missing; cert and key go together")
     if bus.url is None:
         if bus.replicas > 1:
             yield Problem((*at, "replicas"), f"{bus.replicas} needs an external cluster; name it in spec.bus.url")
@@ -167,12 +179,13 @@ def _security(spec: Spec) -> Iterator[Problem]:
     seen: dict[str, int] = {}
     for index, entry in enumerate(spec.security.api_keys):
         key, tenant = (entry.key, entry.tenant) if isinstance(entry, ApiKey) else (entry, "default")
-        if message := secret_problem(key):
+        if message := secret_problem(key) or hash_problem(key):
             yield Problem((*at, "api_keys", index), message)
         if key in seen:
             yield Problem((*at, "api_keys", index), f"is the same key as api_keys[{seen[key]}]")
         seen.setdefault(key, index)
         yield from _unknown_tenant(spec, tenant, (*at, "api_keys", index, "tenant"))
+    yield from _oidc(spec)
     groups: dict[str, str] = {}
     for group, tenants in spec.security.cache_sharing.items():
         for index, tenant in enumerate(tenants):
@@ -181,6 +194,21 @@ def _security(spec: Spec) -> Iterator[Problem]:
             if tenant in groups:
                 yield Problem(place, f"{shown(tenant)} is in group {groups[tenant]} already; a tenant has one group")
             groups.setdefault(tenant, group)
+
+
+def _oidc(spec: Spec) -> Iterator[Problem]:
+    seen: set[str] = set()
+    for index, provider in enumerate(spec.security.oidc):
+        at = ("spec", "security", "oidc", index)
+        url = urlsplit(provider.issuer)
+        if url.scheme != "https" and not (url.scheme == "http" and is_loopback(url.hostname or "")):
+            yield Problem((*at, "issuer"), f"{shown(provider.issuer)} must be an https:// URL")
+        if provider.issuer in seen:
+            yield Problem((*at, "issuer"), f"{shown(provider.issuer)} stands twice")
+        seen.add(provider.issuer)
+        for name in ("audience", "tenant_claim"):
+            if not getattr(provider, name).strip():
+                yield Problem((*at, name), "'' is not allowed")
 
 
 def _unknown_tenant(spec: Spec, tenant: str, path: tuple[str | int, ...]) -> Iterator[Problem]:

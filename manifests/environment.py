@@ -13,6 +13,7 @@ from llmserve.manifests.schema import ApiKey, Bus, Manifest, Security
 
 _PREFIX = "env:"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_HASH = re.compile(r"sha256:[0-9a-f]{64}\Z")
 _SCHEMES = ("nats://", "tls://")
 
 
@@ -64,6 +65,13 @@ def secret_problem(value: str) -> str | None:
         return "is empty; it must be env:NAME or the value itself"
     if value.startswith(_PREFIX) and not _VARIABLE.match(value.removeprefix(_PREFIX)):
         return "must name an environment variable after env:, of letters, digits and '_'"
+    return None
+
+
+def hash_problem(key: str) -> str | None:
+    """What is wrong with an API key that is given as its hash."""
+    if key.startswith("sha256:") and not _HASH.match(key):
+        return "must be 64 hexadecimal digits after sha256:"
     return None
 
 

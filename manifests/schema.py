@@ -53,11 +53,26 @@ class Models(Part, frozen=True, kw_only=True):
     draft: DraftModel | None = None
 
 
+class Limits(Part, frozen=True, kw_only=True):
+    """What the callers of one tenant may ask for, over all gateways; None is no bound."""
+
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
+    """Prompt and output. A request reserves its ``max_tokens`` and gives back what it has not used."""
+    concurrency: Positive | None = None
+    """HTTP requests that are open at once."""
+    max_context_tokens: Annotated[int, Meta(ge=2)] | None = None
+    """Prompt and output of one request; output ends there, a longer prompt is refused."""
+    models: tuple[str, ...] = ()
+    """Names of the models that the tenant may use; empty: all."""
+
+
 class Tenant(Part, frozen=True, kw_only=True):
     weight: PositiveFloat = 1.0
     ttft_slo_ms: PositiveFloat | None = None
     max_concurrency: Positive | None = None
     """Requests of the tenant that run at once, in all stages together."""
+    limits: Limits = Limits()
 
 
 class FairShare(Part, frozen=True, kw_only=True):
@@ -179,6 +194,23 @@ class Engine(Part, frozen=True, kw_only=True):
     simulated: Simulated | None = None
 
 
+class GatewayTls(Part, frozen=True, kw_only=True):
+    """Files in PEM; read again when they change."""
+
+    cert: str
+    """The chain, the gateway's own certificate first."""
+    key: str
+    client_ca: str | None = None
+    """Callers must show a certificate of one of these authorities, whatever else identifies them."""
+
+
+class Batch(Part, frozen=True, kw_only=True):
+    concurrency: Positive = 64
+    """Requests of one batch, or of one tenant's direct publishing, that a gateway has in the deployment at once."""
+    max_file_mb: Positive = 200
+    """Size of an uploaded file."""
+
+
 class Gateway(Part, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: Port = 8000
@@ -186,30 +218,69 @@ class Gateway(Part, frozen=True, kw_only=True):
     max_body_kb: Positive = 4096
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
+    max_header_kb: Positive = 32
+    header_timeout_s: PositiveFloat = 10.0
+    """For a request's headers to arrive."""
+    body_timeout_s: PositiveFloat = 60.0
+    """For a request's body to arrive."""
+    write_timeout_s: PositiveFloat = 30.0
+    """A client that reads nothing for so long while there is something to read is disconnected."""
+    request_timeout_s: PositiveFloat | None = None
+    """From a request's arrival to the end of its response."""
+    tls: GatewayTls | None = None
+    batch: Batch = Batch()
+
+
+class BusTls(Part, frozen=True, kw_only=True):
+    """Files in PEM; read again before each connection."""
+
+    ca: str | None = None
+    """Authorities of the server's certificate; the system's by default."""
+    cert: str | None = None
+    """Ours, where the server asks for one; with ``key``."""
+    key: str | None = None
 
 
 class Bus(Part, frozen=True, kw_only=True):
     url: str | None = None
     """An external nats-server, or ``env:NAME``; several of one cluster with commas; None starts an embedded one."""
     token: str | None = None
-    """Token that the server asks for, or ``env:NAME``."""
+    """Token that the server asks for, or ``user:password``, or ``env:NAME``."""
     state_dir: str | None = None
     """Of the embedded server; ``$XDG_STATE_HOME/llmserve/<deployment>`` by default."""
     sync: Literal["interval", "always"] = "interval"
     """When the embedded server writes to the disk: each second, or before each acknowledgement (for power cuts)."""
     replicas: Annotated[int, Meta(ge=1, le=5)] = 1
     """Servers of the external cluster that keep each stream; 3 outlive the loss of one."""
+    tls: BusTls | None = None
+    """For an external server; its URL may be ``nats://`` or ``tls://``."""
 
 
 class ApiKey(Part, frozen=True, kw_only=True):
     key: str
-    """``env:NAME`` or the key itself."""
+    """``env:NAME``, or ``sha256:`` and the hash of the key in hex, or the key itself."""
     tenant: Name = "default"
+
+
+class Oidc(Part, frozen=True, kw_only=True):
+    """An issuer of JSON web tokens that callers may send instead of an API key."""
+
+    issuer: str
+    """Its URL as it stands in the claim ``iss``; ``/.well-known/openid-configuration`` is read below it."""
+    audience: str
+    """Must be in the claim ``aud``."""
+    tenant_claim: str = "tenant"
+    """Claim that names the caller's tenant."""
+    keys_max_age_s: PositiveFloat = 3600.0
+    """Age at which the issuer's keys are read again; an unknown key is looked up at once."""
 
 
 class Security(Part, frozen=True, kw_only=True):
     api_keys: tuple[str | ApiKey, ...] = ()
     """A bare string belongs to the tenant ``default``. Empty: no authentication, and only on a loopback address."""
+    api_keys_file: str | None = None
+    """File of further keys as ``llmserve tenant add`` writes it: a line each, ``sha256:HEX TENANT``."""
+    oidc: tuple[Oidc, ...] = ()
     cache_sharing: Mapping[Name, tuple[Name, ...]] = {}
     """Groups of tenants that may hit each other's prefix cache."""
 

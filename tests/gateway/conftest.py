@@ -16,7 +16,7 @@ from llmserve.gateway.middleware import GatewayMiddleware
 from llmserve.manifests.schema import Manifest
 from tests.gateway.fake import FakeBus, Script
 
-KEYS = {"acme": "key-of-acme", "zeta": "key-of-zeta", "default": "key-of-nobody"}
+KEYS = {"acme": "key-of-acme", "zeta": "key-of-zeta", "small": "key-of-small", "default": "key-of-nobody"}
 
 
 def manifest() -> Manifest:
@@ -26,12 +26,18 @@ def manifest() -> Manifest:
             "spec": {
                 "models": {"primary": {"id": "smollm2-135m", "served_name": "smol", "max_model_len": 512}},
                 "deployment": {"replicas": {"prefill": 1}},
+                "scheduling": {
+                    "fair_share": {
+                        "tenants": {"small": {"limits": {"tokens_per_minute": 1000, "max_context_tokens": 100}}}
+                    }
+                },
                 "gateway": {"port": 0, "max_body_kb": 64, "tool_call_parser": "hermes"},
                 "security": {
                     "api_keys": [
                         KEYS["default"],
                         {"key": KEYS["acme"], "tenant": "acme"},
                         {"key": KEYS["zeta"], "tenant": "zeta"},
+                        {"key": KEYS["small"], "tenant": "small"},
                     ]
                 },
             },

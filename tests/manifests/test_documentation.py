@@ -53,6 +53,12 @@ def test_every_example_is_a_value_that_the_field_takes() -> None:
             spec["transfer"] = {"engine_order": ["nixl", "ucx", "nccl"]}
         if path == "spec.bus.replicas":
             spec["bus"] = {"url": "nats://host:4222"}
+        if path.startswith("spec.bus.tls"):
+            spec["bus"] = {"url": "tls://bus:4222"}
+        if path.startswith("spec.gateway.tls"):
+            spec["gateway"] = {"tls": {"cert": "/c", "key": "/k"}}
+        if path.startswith("spec.security.oidc"):
+            spec["security"] = {"oidc": [{"issuer": "https://i", "audience": "a"}]}
         if path.startswith("spec.storageClasses"):
             of_s3 = path.endswith(("bucket", "region"))
             store = {"type": "s3", "bucket": "b"} if of_s3 else {"type": "filesystem", "path": "/p"}
