@@ -9,6 +9,8 @@ from http import HTTPStatus
 from llmserve.gateway.caller import Failure
 from llmserve.gateway.identity import Identity, api_keys
 from llmserve.gateway.limits import LimitExceeded, TenantLimiter, TenantLimits
+from llmserve.gateway.metrics import GatewayMetrics
+from llmserve.gateway.oidc import OidcTokens
 from llmserve.manifests.schema import Manifest, PrimaryModel
 
 _FREE = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})
@@ -20,20 +22,21 @@ class Access:
     """The parts are read at each request and may be exchanged between two."""
 
     identity: Identity
+    metrics: GatewayMetrics
     limits: TenantLimits
     model: str
     """The name that clients use."""
 
     @classmethod
-    def of(cls, manifest: Manifest) -> Access:
+    def of(cls, manifest: Manifest, metrics: GatewayMetrics) -> Access:
         """Raises ``ManifestError``."""
         limits = TenantLimits(manifest.spec.scheduling.fair_share.tenants, time.monotonic())
-        return cls(Identity(api_keys(manifest)), limits, served_name(manifest.spec.models.primary))
+        return cls(_identity(manifest, metrics), metrics, limits, served_name(manifest.spec.models.primary))
 
     def change(self, manifest: Manifest) -> None:
         """Let in whom ``manifest`` lets in; what was spent stays spent. Raises ``ManifestError``, then nothing
         has changed."""
-        self.identity = Identity(api_keys(manifest))
+        self.identity = _identity(manifest, self.metrics)
         self.limits.change(manifest.spec.scheduling.fair_share.tenants, time.monotonic())
 
     def may_use_model(self, limiter: TenantLimiter | None) -> bool:
@@ -47,6 +50,14 @@ class Access:
             raise LimitExceeded(no_such_model(self.model))
         limiter.enter(time.monotonic())
         return True
+
+
+def _identity(manifest: Manifest, metrics: GatewayMetrics) -> Identity:
+    keys, providers = api_keys(manifest), manifest.spec.security.oidc
+    if not providers:
+        return Identity(keys)
+    tenants = manifest.spec.scheduling.fair_share.tenants
+    return Identity(keys, OidcTokens(providers, tenants.__contains__, metrics))
 
 
 def served_name(model: PrimaryModel) -> str:

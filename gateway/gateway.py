@@ -77,7 +77,7 @@ class Gateway:
         self._readiness = Readiness(needed_roles(manifest))
         self._heartbeats: Subscription | None = None
         self._beater = Beater(bus, self._heartbeat)
-        self._access = Access.of(manifest)
+        self._access = Access.of(manifest, self._metrics)
         self._spending = SpendingReports(bus, member_id, self._access.limits)
         self._reloader = Reloader(
             bus, member_id, self._metrics, manifest, read_manifest or (lambda: manifest), self._access.change

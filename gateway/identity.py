@@ -15,13 +15,19 @@ from llmserve.manifests.errors import ManifestError
 from llmserve.manifests.schema import ApiKey, Manifest
 from llmserve.manifests.secrets import HASH_PREFIX, hash_of, read_key_file
 
+_KINDS = {
+    HTTPStatus.UNAUTHORIZED: "AuthenticationError",
+    HTTPStatus.FORBIDDEN: "PermissionDeniedError",
+    HTTPStatus.SERVICE_UNAVAILABLE: "ServiceUnavailableError",
+}
+
 
 class Denied(Exception):
     """The caller is not served."""
 
     def __init__(self, status: HTTPStatus, message: str) -> None:
         super().__init__(message)
-        kind = "AuthenticationError" if status == HTTPStatus.UNAUTHORIZED else "PermissionDeniedError"
+        kind = _KINDS[status]
         self.failure = Failure(status, kind, message)
 
 

@@ -77,6 +77,12 @@ class GatewayMetrics:
         self.slow_clients = Counter(
             "llmserve_slow_clients", "Clients disconnected since they did not read", registry=registry
         )
+        self.tokens = Counter(
+            "llmserve_web_tokens",
+            "Web tokens checked, by outcome (accepted, refused, no_tenant, issuer_away)",
+            ["outcome"],
+            registry=registry,
+        )
         self.reloads = Counter(
             "llmserve_reloads", "Reloads of the manifest by outcome", ["outcome"], registry=registry
         )

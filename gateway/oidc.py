@@ -62,14 +62,22 @@ class IssuerKeys:
         self._tried_s = float("-inf")
         self._lock = asyncio.Lock()
 
-    async def key(self, key_id: str | None) -> jwt.PyJWK | None:
-        """The key of that id, None if the issuer has none. Raises ``IssuerError``."""
+    async def key(self, key_id: str | None, token: str) -> jwt.PyJWK | None:
+        """The key that ``token`` was signed with, None if the issuer has none. Raises ``IssuerError``.
+
+        A token without a key id is good with any key of the issuer (OpenID Connect Core, 10.1: then there is one).
+        """
         now = self._clock_s()
-        if key_id not in self._keys or now - self._fetched_s > self._provider.keys_max_age_s:
+        if self._find(key_id, token) is None or now - self._fetched_s > self._provider.keys_max_age_s:
             await self._refresh(now)
         if now - self._fetched_s > max(_STALE_MAX_S, self._provider.keys_max_age_s):
             raise IssuerError(f"issuer {self._provider.issuer} cannot be reached")
-        return self._keys.get(key_id)
+        return self._find(key_id, token)
+
+    def _find(self, key_id: str | None, token: str) -> jwt.PyJWK | None:
+        if key_id is not None:
+            return self._keys.get(key_id)
+        return next((key for key in self._keys.values() if _signed(token, key)), None)
 
     async def _refresh(self, now: float) -> None:
         async with self._lock:
@@ -143,7 +151,7 @@ class OidcTokens:
         if found is None:
             raise jwt.InvalidIssuerError("its issuer is not known here")
         provider, keys = found
-        key = await keys.key(header.get("kid"))
+        key = await keys.key(header.get("kid"), token)
         if key is None:
             raise jwt.InvalidKeyError("its issuer has no such key")
         claims: Mapping[str, object] = jwt.decode(
@@ -157,6 +165,14 @@ class OidcTokens:
         )
         tenant = claims.get(provider.tenant_claim)
         return tenant if isinstance(tenant, str) else ""
+
+
+def _signed(token: str, key: jwt.PyJWK) -> bool:
+    try:
+        jwt.PyJWS().decode(token, key.key, algorithms=[name for name in ALGORITHMS if _fits(name, key)])
+    except jwt.PyJWTError:
+        return False
+    return True
 
 
 def _fits(algorithm: str, key: jwt.PyJWK) -> bool:

@@ -10,7 +10,6 @@ from msgspec.structs import replace
 
 from llmserve.bus.memory import MemoryBroker
 from llmserve.bus.messages import AnyMessage, Reload, Reloaded
-from llmserve.gateway.access import Access
 from llmserve.gateway.identity import api_keys
 from llmserve.gateway.limits import TenantLimits
 from llmserve.gateway.reload import Reloader
@@ -144,12 +143,13 @@ async def test_a_reload_is_answered_with_what_changed_and_what_needs_a_restart()
 
 
 def test_a_refused_reload_changes_nothing(tmp_path: Path) -> None:
-    access = Access.of(toy().manifest)
+    access = toy().access
     before = access.identity
+    wrong = toy().manifest
+    security = Security(api_keys_file=str(tmp_path / "missing"))
+    wrong = replace(wrong, spec=replace(wrong.spec, security=security))
     with pytest.raises(ManifestError):
-        wrong = toy().manifest
-        security = Security(api_keys_file=str(tmp_path / "missing"))
-        access.change(replace(wrong, spec=replace(wrong.spec, security=security)))
+        access.change(wrong)
     assert access.identity is before
 
 

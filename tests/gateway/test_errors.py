@@ -187,7 +187,7 @@ async def test_tenants_have_their_own_subject_and_cache_salt(world: World) -> No
         await world.client.post(CHAT_URL, json=CHAT, headers={"authorization": f"Bearer {key}"})
     await world.client.post(CHAT_URL, json={**CHAT, "cache_salt": "mine"})
     assert [stored.tenant for stored in world.bus.accepted] == [*KEYS, "acme"]
-    assert len({salt(stored.request.body) for stored in world.bus.accepted}) == 4
+    assert len({salt(stored.request.body) for stored in world.bus.accepted}) == len(KEYS) + 1
 
 
 async def test_the_body_tells_a_worker_nothing_about_the_caller(world: World) -> None:

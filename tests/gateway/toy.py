@@ -55,7 +55,7 @@ class Toy:
         self.manifest: Manifest = manifest(spec)
         self.registry = CollectorRegistry()
         self.metrics = GatewayMetrics(self.registry)
-        self.access = Access.of(self.manifest)
+        self.access = Access.of(self.manifest, self.metrics)
         bounds = bounds or RequestBounds(body_bytes=1 << 20, file_bytes=1 << 20)
         self.app = GatewayMiddleware(echo, self.access, Ready(), self.metrics, bounds)
         self.client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://gw")
