@@ -26,6 +26,7 @@ from llmserve.manifests.sizes import (
 
 _PYTHON_BYTES = 600 * 2**20
 """Of a process that has imported vLLM and torch: 2.1 GB for two engines with 1 GB of KV and 0.5 GB of weights."""
+NO_PIPELINE_ON_CPUS = "needs GPUs: on CPUs vLLM 0.32's engine ends at its first step"
 _SIMULATED_BYTES = 50 * 2**20
 _WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -131,13 +132,11 @@ def _model_text(manifest: Manifest) -> str:
     return ", ".join(parts)
 
 
-def _weight_bytes(
-    manifest: Manifest, primary: ModelShape | None, draft: ModelShape | None
-) -> tuple[int | None, int | None]:
-    """(of a prefill engine, of a decode engine): only decode engines load the draft model."""
+def _weight_bytes(manifest: Manifest, primary: ModelShape | None, draft: ModelShape | None) -> int | None:
+    """Of one engine, a prefill engine as well: it loads the draft model too, whose pages are handed over."""
     models = manifest.spec.models
     if manifest.spec.engine.kind == "simulated":
-        return 0, 0
+        return 0
 
     def as_loaded(shape: ModelShape | None) -> int | None:
         if shape is None or not shape.weight_bytes:
@@ -146,25 +145,24 @@ def _weight_bytes(
 
     alone = as_loaded(primary)
     if models.draft is None or not models.draft.enabled:
-        return alone, alone
+        return alone
     extra = as_loaded(draft)
-    return alone, None if alone is None or extra is None else alone + extra
+    return None if alone is None or extra is None else alone + extra
 
 
-def _roles(
-    manifest: Manifest, on: Device, weights: tuple[int | None, int | None], kv_bytes: int | None
-) -> tuple[RolePlan, ...]:
+def _roles(manifest: Manifest, on: Device, weight_bytes: int | None, kv_bytes: int | None) -> tuple[RolePlan, ...]:
     spec, simulated = manifest.spec, manifest.spec.engine.kind == "simulated"
     local = spec.deployment.mode == "local"
     host = "llmserve up" if local else "its own pod"
     one = 0 if local else 1
     ranks = engine_ranks(manifest)
-    # On CPUs a thread of the worker's process steps the engine; ranks beyond one, and GPUs, need processes.
-    own = 0 if simulated or (on == "cpu" and ranks == 1) else ranks + (ranks > 1)
+    # A worker's own process steps an engine of one CPU rank in a thread; any other needs processes.
+    threaded = not local and on == "cpu" and ranks == 1
+    own = 0 if simulated or threaded else ranks + (ranks > 1)
     engine_in = f"{host}, engine in {own} more" if own else host
     resources = spec.deployment.resources
 
-    def engines(role: str, replicas: int, gpus: int, weight_bytes: int | None) -> RolePlan:
+    def engines(role: str, replicas: int, gpus: int) -> RolePlan:
         taken = 0 if on == "cpu" else max(gpus, ranks)
         held = 0 if simulated else kv_bytes
         return RolePlan(role, replicas, engine_in, (one + own) * replicas, taken, weight_bytes, held)
@@ -175,11 +173,11 @@ def _roles(
     fixed = (nats, RolePlan("gateway", 1, host, one), RolePlan("router", 1, host, one))
     decode = decode_engines(manifest)
     if not prefill_engines(manifest):
-        return (*fixed, engines("both", decode, resources.decode_gpu, weights[1]))
+        return (*fixed, engines("both", decode, resources.decode_gpu))
     return (
         *fixed,
-        engines("prefill", prefill_engines(manifest), resources.prefill_gpu, weights[0]),
-        engines("decode", decode, resources.decode_gpu, weights[1]),
+        engines("prefill", prefill_engines(manifest), resources.prefill_gpu),
+        engines("decode", decode, resources.decode_gpu),
     )
 
 
@@ -292,6 +290,9 @@ def _device_warnings(manifest: Manifest, machine: Machine, roles: tuple[RolePlan
         )
         if gpus
     )
+    stages = spec.models.primary.pipeline_parallel
+    if stages > 1 and not (wish and machine.gpus):
+        yield f"pipeline_parallel {stages} {NO_PIPELINE_ON_CPUS}; no worker will start"
     if wish > len(machine.gpus):
         rest = "" if machine.gpus else ": the engines run on the CPU"
         yield f"fewer GPUs than asked for: {wish} asked for, {len(machine.gpus)} here{rest}"

@@ -108,12 +108,12 @@ def test_the_plan_of_the_local_manifest() -> None:
         ("nats", 1, 1),
         ("gateway", 1, 0),
         ("router", 1, 0),
-        ("prefill", 1, 0),
-        ("decode", 1, 0),
+        ("prefill", 1, 1),
+        ("decode", 1, 1),
     ]
     assert plan.pages == 182
     assert plan.max_model_len == 2048
-    assert plan.memory_bytes == 600 * 2**20 + 2 * (269_000_000 + GB // 2)
+    assert plan.memory_bytes == 3 * 600 * 2**20 + 2 * (269_000_000 + GB // 2)
     assert [(rung.engine, rung.available) for rung in plan.ladder] == [("nixl", True)]
     assert plan.warnings == ()
 
@@ -123,8 +123,7 @@ def test_the_plan_of_the_example() -> None:
     assert (plan.device, plan.mode) == ("cuda", "k8s")
     assert [(role.role, role.replicas, role.gpus) for role in plan.roles[3:]] == [("prefill", 4, 2), ("decode", 8, 2)]
     assert plan.roles[3].kv_bytes == 5 * GB
-    assert plan.roles[3].weight_bytes == MISTRAL.weight_bytes
-    assert plan.roles[4].weight_bytes is None, "the draft model is not here"
+    assert plan.roles[3].weight_bytes is None, "the draft model is not here"
     assert plan.block is not None
     assert (plan.block.tokens, plan.block.actual_kb) == (16, 1024)
     assert [(rung.engine, rung.available) for rung in plan.ladder] == [
@@ -184,3 +183,8 @@ def test_this_machine_can_be_probed() -> None:
     machine = probe_machine()
     assert machine.cores >= 1
     assert machine.memory_bytes > GB // 4
+
+
+def test_pipeline_parallelism_without_gpus_is_warned_of() -> None:
+    made = manifest(primary="id: m, pipeline_parallel: 2")
+    assert any("pipeline_parallel 2 needs GPUs" in warning for warning in make_plan(made, LAPTOP).warnings)

@@ -8,6 +8,7 @@ from typing import Literal
 from llmserve.bus.messages import Role
 from llmserve.manifests.machine import probe_machine
 from llmserve.manifests.models import ModelError, ModelFiles, ModelShape, hub_folder, model_shape, resolve_model
+from llmserve.manifests.plan import NO_PIPELINE_ON_CPUS
 from llmserve.manifests.schema import Manifest
 from llmserve.manifests.sizes import (
     block_size,
@@ -61,6 +62,8 @@ def _vllm(manifest: Manifest, role: Role, mode: EngineMode, engines_here: int, g
     draft = manifest.spec.models.draft
     on = device(manifest, probe_machine())
     alone = on == "cpu" and engine_ranks(manifest) == 1
+    if on == "cpu" and (stages := manifest.spec.models.primary.pipeline_parallel) > 1:
+        raise EngineError(f"spec.models.primary.pipeline_parallel: {stages} {NO_PIPELINE_ON_CPUS}")
     options = VllmOptions(
         model_path=files.path,
         model_local=files.local,

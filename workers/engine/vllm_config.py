@@ -222,4 +222,7 @@ def check_cache_dtype(hbm_dtype: str, model_dtype: str) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    # pydantic's own text adds the whole configuration.
+    details = getattr(error, "errors", None)
+    text = "; ".join(str(detail["msg"]) for detail in details()) if callable(details) else str(error)
+    return " ".join(text.split())

@@ -1,0 +1,42 @@
+"""KV pages in fp8 (``kv_cache.hbm_dtype``): half the bytes, and handed over as they are."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from llmserve.bus.messages import Role, Stage
+from tests.workers.engine_vllm.driver import Driver, Pair, body
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+async def fp8() -> AsyncIterator[Pair]:
+    engines = [Driver.open(role, "process", hbm_dtype="fp8") for role in (Role.PREFILL, Role.DECODE)]
+    prefill, decode = await asyncio.gather(*engines)
+    yield Pair(prefill, decode)
+    await asyncio.gather(prefill.close(), decode.close())
+
+
+async def test_pages_are_half_as_large_and_of_another_kind(fp8: Pair, pair: Pair) -> None:
+    assert 2 * fp8.prefill.info.page_bytes == pair.prefill.info.page_bytes
+    assert fp8.prefill.info.fingerprint == fp8.decode.info.fingerprint != pair.decode.info.fingerprint
+
+
+async def test_greedy_output_after_a_handoff_is_that_of_one_fp8_engine(
+    fp8: Pair, prompt: Callable[..., list[int]]
+) -> None:
+    for tokens in (20, 128, 129, 700):
+        data = body(prompt(tokens))
+        reference = await fp8.whole(data)
+        fp8.decode.moved.clear()
+        first = await fp8.prefill.run(Stage.PREFILL, data)
+        rest = await fp8.decoded(data, first)
+        assert first.tokens + rest.tokens == reference
+        assert rest.first.computed_tokens == 0
+        assert [m.bytes_moved for m in fp8.decode.moved] == [first.last.pages * fp8.prefill.info.page_bytes]
+    await fp8.prefill.all_free()
+    await fp8.decode.all_free()
