@@ -14,7 +14,8 @@ from typing import TypeAlias
 
 from llmserve.bus.messages import Reason
 
-MAX_ATTEMPTS = 3
+MAX_ATTEMPTS = 5
+"""Deaths of workers are counted by the router: what kills two of them is not tried so often."""
 
 
 class Mode(enum.Enum):
@@ -60,7 +61,7 @@ class Withdraw:
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """The request ends in an error. ``code`` is ``unservable``, ``deadline``, ``cancelled`` or ``internal``."""
+    """The request ends in an error. ``code`` is the router's (see ``Rejected``), ``cancelled`` or ``internal``."""
 
     code: str
     message: str

@@ -19,11 +19,12 @@ from llmserve.bus.messages import (
     Cancel,
     Delta,
     Deltas,
+    Ping,
     Reason,
     Rejected,
     Request,
 )
-from llmserve.gateway.attempts import Action, Attempts, Deliver, Discard, Fail, Mode, Submit, Withdraw
+from llmserve.gateway.attempts import Action, Attempts, Deliver, Discard, Fail, Submit, Withdraw
 from llmserve.gateway.block_size import BlockSize
 from llmserve.gateway.codec import RequestCodec
 from llmserve.gateway.metrics import GatewayMetrics, TenantMetrics
@@ -53,6 +54,8 @@ class Call:
     progress_s: float = field(default_factory=time.monotonic)
     """Monotonic time of the last token, or of the start."""
     first_token_s: float | None = None
+    deaths: int = 0
+    """Workers that died while they ran it, as the router counts."""
     probing: bool = False
     on_end: Callable[[int], None] | None = None
     """Called once, with the output tokens received, however the request ends."""
@@ -96,6 +99,8 @@ class Channel:
         self._probe_after_s = probe_after_s
         self.block_size = BlockSize()
         """Hears the heartbeats that its owner passes on."""
+        self._epoch = 0
+        """Of the newest router that was heard: what one before it still says is not to be believed."""
         self._calls: dict[str, Call] = {}
         self._by_local_id: dict[str, Call] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -127,12 +132,11 @@ class Channel:
         tenant: str,
         klass: str,
         codec: RequestCodec,
-        mode: Mode,
         received_s: float,
         on_end: Callable[[int], None] | None = None,
     ) -> None:
         """Accept a request durably; its tokens follow. Raises ``QueueFull`` or ``BusUnavailable``."""
-        attempts = Attempts(mode, codec.max_tokens)
+        attempts = Attempts(codec.mode, codec.max_tokens)
         call = Call(local_id, tenant, klass, codec, attempts, self._metrics.of_tenant(tenant), received_s)
         call.on_end = on_end
         # Known before it is stored: its first tokens may overtake the acknowledgement.
@@ -176,18 +180,29 @@ class Channel:
             case Deltas():
                 self._hear_deltas(message)
             case AttemptLost():
-                if call := self._calls.get(message.request_id):
+                if (call := self._calls.get(message.request_id)) and self._is_current(message.epoch):
+                    call.deaths = max(call.deaths, message.deaths)
                     log.warning(
                         "attempt lost",
                         extra={"bus_id": call.request_id, "attempt": message.attempt, "cause": message.cause},
                     )
                     self._carry_out(call, call.attempts.lost(message.attempt, message.cause), None)
             case Rejected():
-                if call := self._calls.get(message.request_id):
+                if (call := self._calls.get(message.request_id)) and self._is_current(message.epoch):
                     actions = call.attempts.rejected(message.attempt, message.code, message.message)
                     self._carry_out(call, actions, None)
+            case Ping():
+                pass
             case _:
                 log.error("unexpected %s on the gateway's subject", type(message).__name__)
+
+    def _is_current(self, epoch: int) -> bool:
+        """Whether a router of ``epoch`` may lead; 0 is of a version that does not say."""
+        if 0 < epoch < self._epoch:
+            log.warning("a deposed router of epoch %d is not listened to, epoch %d leads", epoch, self._epoch)
+            return False
+        self._epoch = max(self._epoch, epoch)
+        return True
 
     def _hear_deltas(self, message: Deltas) -> None:
         arrivals: list[Arrival] = []
@@ -266,24 +281,27 @@ class Channel:
             body=call.codec.body(call.request_id, delivered),
             block_tokens=block_tokens,
             block_hashes=call.codec.block_hashes(delivered, block_tokens) if block_tokens else b"",
+            deaths=call.deaths,
         )
         return await self._bus.accept(request, call.tenant, call.klass)
 
     async def _resubmit(self, call: Call, submit: Submit) -> None:
-        """Store a further attempt. The tenant's queue may be full with this very request: then the lost attempt
-        makes room for it."""
-        until = time.monotonic() + min(self._deadline_s, 10.0)
+        """Store a further attempt, however long that takes within the deadline: it was accepted. The tenant's queue
+        may be full with this very request: then the lost attempt makes room for it."""
         while not call.attempts.ended and submit.attempt == call.attempts.attempt:
             try:
                 seq = await self._store(call, submit)
             except QueueFull as error:
+                log.info("the queue is full, trying again: %s", error, extra={"bus_id": call.request_id})
                 if call.attempts.seq is not None:
                     await self._discard(call.attempts.seq)
-                if time.monotonic() > until:
-                    self._carry_out(call, call.attempts.unstorable(submit.attempt, str(error)), None)
-                    return
                 await asyncio.sleep(_RETRY_S)
             except BusUnavailable as error:
+                log.warning("cannot resubmit yet: %s", error, extra={"bus_id": call.request_id})
+                if self._bus.closed:
+                    return
+                await asyncio.sleep(_RETRY_S)
+            except BusError as error:
                 self._carry_out(call, call.attempts.unstorable(submit.attempt, str(error)), None)
                 return
             else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+from llmserve.gateway.attempts import Mode
+
 
 class Refusal(Exception):
     """The request asks for something that does not work over the bus; the message names it."""
@@ -13,6 +15,8 @@ class Refusal(Exception):
 class RequestCodec(ABC):
     """The engine's encoding of one request, for each of its attempts."""
 
+    mode: Mode
+    """What a further attempt can do."""
     whole_output: bool
     """See ``Request.whole_output``."""
     prompt_tokens: int

@@ -21,7 +21,7 @@ from llmserve.gateway.channel import Arrival, Call, Channel
 from llmserve.gateway.codec import Refusal
 from llmserve.gateway.limits import LimitExceeded, Reservation
 from llmserve.gateway.metrics import GatewayMetrics
-from llmserve.gateway.vllm_codec import VllmOutputs, VllmRequestCodec, mode_of, refuse_unsupported
+from llmserve.gateway.vllm_codec import VllmOutputs, VllmRequestCodec, refuse_unsupported
 
 if TYPE_CHECKING:
     from vllm.v1.engine.output_processor import OutputProcessor
@@ -95,10 +95,9 @@ class BusEngineClient(EngineCoreClient):  # type: ignore[misc]
             salt = request_salt(self._salts.owner(caller.tenant), request.cache_salt)
             page_salt = self._salts.worker_salt(caller.tenant, salt)
             codec = VllmRequestCodec(request, salt, self._encoder, page_salt)
-            mode = mode_of(request.sampling_params)
             self._callers[local_id] = caller
             settle = None if reservation is None else partial(_settle, reservation)
-            await self.channel.open(local_id, caller.tenant, caller.klass, codec, mode, caller.received_s, settle)
+            await self.channel.open(local_id, caller.tenant, caller.klass, codec, caller.received_s, settle)
         except BaseException as error:
             if reservation is not None:
                 reservation.cancel(time.monotonic())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,19 @@ def mode_of(params: SamplingParams) -> Mode:
     return Mode.REPLAY if deterministic else Mode.ONCE
 
 
+def repeatable(params: SamplingParams) -> SamplingParams:
+    """``params`` such that a further attempt can draw the same tokens: random sampling that has state gets a seed.
+
+    Custom logits processors may do anything, so that a seed would not help them.
+    """
+    random = params.temperature >= _GREEDY_BELOW and params.seed is None
+    if not random or not has_state(params) or params.extra_args:
+        return params
+    seeded = copy.copy(params)
+    seeded.seed = secrets.randbits(63)
+    return seeded
+
+
 def refuse_unsupported(request: EngineCoreRequest) -> None:
     """Raise ``Refusal`` for what no worker can do from a message on the bus."""
     params = request.sampling_params
@@ -82,7 +96,8 @@ class VllmRequestCodec(RequestCodec):
         self._cache_salt = cache_salt
         self._page_salt = page_salt
         self._encoder = encoder
-        params = request.sampling_params
+        params = request.sampling_params = repeatable(request.sampling_params)
+        self.mode = mode_of(params)
         self.whole_output = has_state(params)
         self.prompt_tokens = len(request.prompt_token_ids)
         self.max_tokens = params.max_tokens

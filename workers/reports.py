@@ -85,7 +85,7 @@ class Reports:
             cached_tokens=task.cached_tokens,
         )
 
-    def failed(self, task: Task, error: str) -> Failed:
+    def failed(self, task: Task, error: str, *, died: bool = False) -> Failed:
         request = task.request
         return Failed(
             worker=self._member,
@@ -94,6 +94,7 @@ class Reports:
             attempt=request.attempt,
             stage=task.stage,
             error=error,
+            died=died,
         )
 
     def result(self, task: Task, reason: Reason) -> Result:

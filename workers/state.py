@@ -7,6 +7,7 @@ from msgspec.structs import replace
 from llmserve.bus.base import StoredRequest
 from llmserve.bus.cache_salt import CacheSalts
 from llmserve.bus.messages import (
+    Cancel,
     Delta,
     Deltas,
     Failed,
@@ -324,9 +325,11 @@ class WorkerState:
 
     # -- control ---------------------------------------------------------------------------------------------------
 
-    def cancelled(self, request_ids: list[str], now_s: float) -> list[Action]:
+    def cancelled(self, cancel: Cancel, now_s: float) -> list[Action]:
         """Stop these requests here, and do not start them within the next minute."""
-        ids = set(request_ids)
+        if 0 < cancel.epoch < self.epoch:
+            return []
+        ids = set(cancel.request_ids)
         for request_id in ids:
             self._cancelled.set(request_id, True, now_s)
         return self._cancel([task for task in self.tasks.values() if task.request.request_id in ids])
@@ -347,8 +350,8 @@ class WorkerState:
         self.draining = True
         return [Beat(at_once=True)]
 
-    def give_up(self, cause: str, now_s: float) -> list[Action]:
-        """Fail all that the engine still has; results being recorded go on."""
+    def give_up(self, cause: str, now_s: float, *, died: bool = False) -> list[Action]:
+        """Fail all that the engine still has; results being recorded go on. ``died``: the engine, of whatever ran."""
         tasks = [task for task in self.tasks.values() if task.status is not Status.ENDING]
         actions: list[Action] = [self._reports.refused(grant, cause) for grant in self._fetching.values()]
         self._fetching.clear()
@@ -356,7 +359,7 @@ class WorkerState:
             end = (
                 self._reports.finished(task, Reason.CANCELLED)
                 if task.cancelled
-                else self._reports.failed(task, cause)
+                else self._reports.failed(task, cause, died=died and not task.held)
             )
             actions.append(self._over(task, end, now_s))
         return [Abort([task.work_id for task in tasks]), *actions, Beat()] if tasks else actions

@@ -109,7 +109,7 @@ class Worker:
                 return
             error = stepping.exception()
             cause = f"engine died: {error}"
-            self._act(self.state.give_up(cause, time.monotonic()))
+            self._act(self.state.give_up(cause, time.monotonic(), died=True))
             if isinstance(error, EngineDied):
                 raise WorkerDied(cause) from error
             if error is not None:
@@ -176,7 +176,7 @@ class Worker:
         if isinstance(message, Grant):
             self._act(self.state.granted(message, now_s))
         elif isinstance(message, Cancel):
-            self._act(self.state.cancelled(message.request_ids, now_s))
+            self._act(self.state.cancelled(message, now_s))
         elif isinstance(message, Sync):
             self._act(self.state.synced(message, now_s))
 

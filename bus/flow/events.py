@@ -25,6 +25,21 @@ class MemberLost:
 
 
 @dataclass(frozen=True, slots=True)
+class Absent:
+    """The server says that nobody listens at a member's own subject."""
+
+    member: str
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRead:
+    """All that was stored at one moment."""
+
+    last_seq: int
+    seqs: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Checked:
     """Answer to ``CheckStored``."""
 
@@ -54,6 +69,8 @@ Event: TypeAlias = (
     | Cancel
     | NoResponders
     | MemberLost
+    | Absent
+    | StreamRead
     | Checked
     | Reconnected
     | Tick

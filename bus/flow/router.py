@@ -10,10 +10,10 @@ from collections.abc import Callable, Coroutine, Iterable
 
 from prometheus_client import CollectorRegistry
 
-from llmserve.bus.base import Bus, BusError, StoredRequest, Subscription
+from llmserve.bus.base import Bus, BusError, Follower, StoredRequest, Subscription
 from llmserve.bus.flow.actions import Action, Broadcast, CheckStored, Discard, NotifyGateway, SendGrant
 from llmserve.bus.flow.core import RouterCore
-from llmserve.bus.flow.events import Checked, Event, NoResponders, Reconnected, Tick
+from llmserve.bus.flow.events import Absent, Checked, Event, NoResponders, Reconnected, StreamRead, Tick
 from llmserve.bus.flow.metrics import FlowMetrics
 from llmserve.bus.flow.settings import RouterSettings
 from llmserve.bus.messages import (
@@ -24,6 +24,7 @@ from llmserve.bus.messages import (
     Finished,
     HandedOff,
     Heartbeat,
+    Ping,
     Refused,
     Sync,
 )
@@ -31,6 +32,10 @@ from llmserve.bus.messages import (
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
+STALL_S = 1.5
+"""A leader that did nothing for so long may have been replaced, and has heard nobody."""
+READ_STREAM_S = 30.0
+"""Between two comparisons of what is known with what is stored."""
 LEADER_POLL_S = 1.0
 SYNC_POLL_S = 0.01
 RETRY_S = 0.5
@@ -48,9 +53,11 @@ class Deposed(Exception):
 
 
 class Router:
-    """Leads a deployment's flow from ``start`` until ``stop``, or until it is deposed.
+    """Stands by from ``listen`` on, leads a deployment's flow from ``start`` until ``stop``, or until it is deposed.
 
-    ``member`` is its own member id. Membership heartbeats of the router itself are the caller's.
+    A standby knows what the leader knows: it follows the same stream and hears the same messages, and tells nobody
+    what it makes of them. ``member`` is its own member id. Membership heartbeats of the router itself are the
+    caller's.
     """
 
     def __init__(
@@ -71,6 +78,7 @@ class Router:
         self._granting = False
         self._pump_due = False
         self._subscriptions: list[Subscription] = []
+        self._follower: Follower | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._calls = asyncio.Semaphore(PARALLEL_CALLS)
         self._deposed: Deposed | None = None
@@ -82,24 +90,38 @@ class Router:
         """Of this leadership; 0 before ``start``."""
         return self.core.epoch
 
+    @property
+    def leads(self) -> bool:
+        return self.epoch > 0 and self._deposed is None and not self._stopped
+
     async def listen(self) -> None:
-        """Hear heartbeats and events without leading: a standby that listens knows the workers when it leads."""
+        """Hear heartbeats and events and follow the stream without leading. Raises ``BusUnavailable``."""
         if self._subscriptions:
             return
         subjects = self._bus.subjects
         for subject in (subjects.heartbeats, subjects.events, subjects.control):
             self._subscriptions.append(await self._bus.subscribe(subject, self._on_message))
+        self._follower = await self._bus.follow(self._on_stored)
+        self._subscriptions.append(self._follower)
         self._bus.on_reconnect(self._on_reconnect)
 
-    async def start(self) -> None:
-        """Take the leadership, learn what runs where, and begin to grant. Raises ``BusUnavailable``."""
+    def stand_by(self) -> None:
+        """Call a few times a second while another router leads."""
+        self._handle(Tick())
+
+    async def start(self, over: int | None = None) -> None:
+        """Take the leadership, of the leader of epoch ``over`` if it is given, learn what runs where, and begin to
+        grant.
+
+        Raises ``BusUnavailable``, or ``Overtaken`` and stays a standby.
+        """
         await self.listen()
         known = set(self.core.ledger.workers)
-        self.core.begin(self._member, await self._bus.lead(self._member))
+        self._act(self.core.begin(self._member, await self._bus.lead(self._member, over), self._clock()))
         self._broadcast_sync()
-        follower = await self._bus.follow(self._on_stored)
-        self._subscriptions.append(follower)
-        await follower.caught_up()
+        if self._follower is not None:
+            await self._follower.caught_up()
+        await self._read_stream()
         await self._synced(known)
         self._granting = self._deposed is None
         self._schedule_pump()
@@ -110,23 +132,48 @@ class Router:
 
     async def run(self) -> None:
         """Keep time until ``stop``. Raises ``Deposed`` when another router leads: this one grants nothing more."""
-        watch = asyncio.create_task(self._watch_leader())
-        ticks = 0
+        watches = [asyncio.create_task(watch) for watch in (self._watch_leader(), self._watch_stream())]
+        ticks, last_s = 0, time.monotonic()
         try:
             while not self._stopped and self._deposed is None:
                 try:
                     await asyncio.wait_for(self._wake.wait(), TICK_S)
                 except TimeoutError:
+                    stalled_s, last_s = time.monotonic() - last_s, time.monotonic()
+                    if stalled_s > STALL_S:
+                        await self._recover(stalled_s)
+                        last_s = time.monotonic()
+                        continue
                     self._handle(Tick())
+                    self._ping_members()
                     ticks += 1
                     if ticks % 4 == 0:
                         self.metrics.update(self.core)
         finally:
-            watch.cancel()
-            await asyncio.gather(watch, return_exceptions=True)
+            for watch in watches:
+                watch.cancel()
+            await asyncio.gather(*watches, return_exceptions=True)
             self._granting = False
         if self._deposed is not None:
             raise self._deposed
+
+    async def _recover(self, stalled_s: float) -> None:
+        """This process stood still. Its silence says nothing about the others, and another may lead by now."""
+        logger.warning("router %s stood still for %.1f s", self._member, stalled_s)
+        self._granting = False
+        while self._deposed is None and not self._stopped:
+            try:
+                router, epoch = await self._bus.leader()
+            except BusError as error:
+                self._failed("leader", error)
+                await asyncio.sleep(RETRY_S)
+                continue
+            if epoch > self.epoch:
+                self._stand_down(Deposed(router, epoch))
+                return
+            self._handle(Reconnected())
+            self._granting = True
+            return
 
     async def stop(self) -> None:
         """Stop granting and hearing; what runs on workers goes on."""
@@ -155,8 +202,7 @@ class Router:
         self._handle(stored)
 
     async def _on_reconnect(self) -> None:
-        if self._granting:
-            self._handle(Reconnected())
+        self._handle(Reconnected())
 
     def _handle(self, event: Event) -> None:
         if self._stopped or self._deposed is not None:
@@ -185,6 +231,8 @@ class Router:
 
     def _act(self, actions: Iterable[Action]) -> None:
         for action in actions:
+            if not self.leads and not isinstance(action, CheckStored):
+                continue  # the leader does it
             try:
                 self._carry_out(action)
             except BusError as error:
@@ -208,6 +256,21 @@ class Router:
         worker, seq = action.worker, action.grant.seq
         nobody = NoResponders(worker, seq)
         self._bus.publish(self._bus.subjects.work(worker), action.grant, no_responders=lambda: self._handle(nobody))
+
+    def _ping_members(self) -> None:
+        """Find out who is gone before its silence tells."""
+        ping = Ping(member=self._member)
+        subjects, ledger = self._bus.subjects, self.core.ledger
+        places = [(name, subjects.work(name)) for name in ledger.workers]
+        places += [(name, subjects.gateway(name)) for name in ledger.gateways]
+        for name, subject in places:
+            self._ping(subject, ping, Absent(name))
+
+    def _ping(self, subject: str, ping: Ping, absent: Absent) -> None:
+        try:
+            self._bus.publish(subject, ping, no_responders=lambda: self._handle(absent))
+        except BusError as error:
+            self._failed("ping", error)
 
     async def _discard(self, seq: int) -> None:
         """Until it is done: nobody else would take the request off the stream."""
@@ -255,6 +318,25 @@ class Router:
             if known and not members.unanswered(self.epoch):
                 return
             await asyncio.sleep(SYNC_POLL_S)
+
+    async def _read_stream(self) -> None:
+        """Hold what is known against what is stored: nothing may be missing, and nothing be there that is over."""
+        contents = await self._bus.contents()
+        self._handle(StreamRead(contents.last_seq, contents.seqs))
+        for seq in sorted(contents.seqs):
+            if self.core.knows(seq):
+                continue
+            stored = await self._bus.fetch(seq)
+            if stored is not None:
+                self._handle(stored)
+
+    async def _watch_stream(self) -> None:
+        while True:
+            await asyncio.sleep(READ_STREAM_S)
+            try:
+                await self._read_stream()
+            except BusError as error:
+                self._failed("contents", error)
 
     async def _watch_leader(self) -> None:
         while True:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmserve.bus.messages import Reason
-from llmserve.gateway.attempts import Action, Attempts, Deliver, Discard, Fail, Mode, Submit, Withdraw
+from llmserve.gateway.attempts import MAX_ATTEMPTS, Action, Attempts, Deliver, Discard, Fail, Mode, Submit, Withdraw
 
 STOP = Reason.STOP
 
@@ -95,8 +95,8 @@ def test_two_runs_of_one_attempt_are_both_shut_out() -> None:
     assert machine.delta(0, 2, [3], None) == []
 
 
-def test_the_third_lost_attempt_ends_the_request() -> None:
-    machine = Attempts(Mode.RESUME, 10)
+def test_the_last_attempt_that_is_lost_ends_the_request() -> None:
+    machine = Attempts(Mode.RESUME, 10, max_attempts=3)
     assert kinds(machine.lost(0, "a")) == kinds(machine.lost(1, "b")) == [Submit]
     assert kinds(machine.lost(2, "c")) == [Fail, Withdraw]
     assert machine.lost(2, "c") == []
@@ -187,7 +187,7 @@ def test_output_is_one_runs_however_deltas_are_lost_repeated_and_reordered(
         apply(machine.delta(attempt, *delta), delta)
 
     assert delivered == machine.tokens
-    runs = [0] if deterministic else range(3)
+    runs = [0] if deterministic else range(MAX_ATTEMPTS)
     for index, token in enumerate(delivered):
         assert any(token == next_token(tuple(delivered[:index]), run) for run in runs)
     assert (end is not None) != (failures == 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +61,29 @@ def test_a_further_attempt_does_what_the_sampling_allows(fields: dict[str, objec
     from llmserve.gateway.vllm_codec import mode_of
 
     assert mode_of(SamplingParams(**fields)) is mode
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"repetition_penalty": 1.1}, {"bad_words": ["no"]}, {"min_tokens": 3}],
+)
+def test_random_sampling_with_state_gets_a_seed_and_can_be_replayed(fields: dict[str, Any]) -> None:
+    from vllm.sampling_params import SamplingParams
+
+    from llmserve.gateway.vllm_codec import mode_of, repeatable
+
+    first, second = (repeatable(SamplingParams(**fields)) for _ in range(2))
+    assert mode_of(first) is Mode.REPLAY
+    assert first.seed != second.seed
+
+
+@pytest.mark.parametrize("fields", [{}, {"seed": 5, "bad_words": ["no"]}, {"extra_args": {"my_processor": 1}}])
+def test_other_sampling_is_left_as_it_is(fields: dict[str, Any]) -> None:
+    from vllm.sampling_params import SamplingParams
+
+    from llmserve.gateway.vllm_codec import repeatable
+
+    assert repeatable(SamplingParams(**fields)) == SamplingParams(**fields)
 
 
 @pytest.mark.parametrize(

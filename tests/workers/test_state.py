@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from llmserve.bus.base import StoredRequest
-from llmserve.bus.messages import Failed, Finished, Grant, HandedOff, Reason, Request, Role, Stage, Sync, encode
+from llmserve.bus.messages import (
+    Cancel,
+    Failed,
+    Finished,
+    Grant,
+    HandedOff,
+    Reason,
+    Request,
+    Role,
+    Stage,
+    Sync,
+    encode,
+)
 from llmserve.workers.actions import Abort, Action, Complete, Deliver, Fetch, Status, Submit, Task, Tell
 from llmserve.workers.engine.base import EngineInfo, EngineLoad, EngineOutput, Step
 from llmserve.workers.engine.wire import API
@@ -155,7 +167,7 @@ class History:
             )
 
     def cancel(self) -> None:
-        self.act(self.state.cancelled([f"r{self.rng.randint(0, 5)}"], self.now_s))
+        self.act(self.state.cancelled(Cancel(request_ids=[f"r{self.rng.randint(0, 5)}"]), self.now_s))
 
     def sync(self) -> None:
         self.epoch += 1
