@@ -5,7 +5,7 @@ from __future__ import annotations
 from llmserve.bus.base import StoredRequest
 from llmserve.bus.flow.actions import Discard
 from llmserve.bus.flow.entry import ON_WORKER, Entry, Place
-from llmserve.bus.flow.events import Checked
+from llmserve.bus.flow.events import Checked, StreamRead
 from llmserve.bus.flow.handoffs import Handoffs
 from llmserve.bus.flow.ledger import Ledger
 from llmserve.bus.flow.members import Members
@@ -55,6 +55,18 @@ class Arrivals:
             outcomes.notify_lost(entry, "still on the stream")
         elif checked.stored and asked and entry.place in ON_WORKER:
             outcomes.lose(entry, "inventory", "its worker does not know it", now_s)
+
+    def read(self, read: StreamRead, now_s: float) -> None:
+        """What is stored now, for a new leader, whose predecessor may have died in the middle of anything."""
+        outcomes = self._outcomes
+        for entry in list(self._ledger.entries.values()):
+            if entry.seq in read.seqs:
+                if entry.place is Place.LOST:
+                    outcomes.notify_lost(entry, "told again by another router")
+            elif entry.seq <= read.last_seq and entry.place not in ON_WORKER:
+                self._ledger.settle(entry, 0, 0)
+                outcomes.end(entry, now_s)
+        outcomes.actions += [Discard(seq) for seq in sorted(read.seqs) if seq in outcomes.ended]
 
     def cancelled(self, event: Cancel, now_s: float) -> None:
         """Requests that nobody waits for any more, known or not."""

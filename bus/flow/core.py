@@ -11,7 +11,7 @@ from llmserve.bus.flow.actions import Action, SendGrant
 from llmserve.bus.flow.arrivals import Arrivals
 from llmserve.bus.flow.dispatch import Dispatcher, Granted
 from llmserve.bus.flow.entry import Entry
-from llmserve.bus.flow.events import Checked, Event, MemberLost, NoResponders, Reconnected, Tick
+from llmserve.bus.flow.events import Absent, Checked, Event, MemberLost, NoResponders, Reconnected, StreamRead, Tick
 from llmserve.bus.flow.handoffs import Handoffs
 from llmserve.bus.flow.ledger import Ledger
 from llmserve.bus.flow.members import Members
@@ -44,6 +44,7 @@ class RouterCore:
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             StoredRequest: arrivals.stored,
             Checked: arrivals.checked,
+            StreamRead: arrivals.read,
             Cancel: arrivals.cancelled,
             Accepted: progress.accepted,
             Refused: progress.refused,
@@ -53,6 +54,7 @@ class RouterCore:
             Heartbeat: presence.heartbeat,
             NoResponders: presence.no_responders,
             MemberLost: presence.member_lost,
+            Absent: presence.absent,
             Reconnected: presence.reconnected,
             Tick: presence.tick,
         }
@@ -66,6 +68,10 @@ class RouterCore:
     def epoch(self) -> int:
         """Of this leadership; 0 before ``begin``."""
         return self._outcomes.epoch
+
+    def knows(self, seq: int) -> bool:
+        """Whether the attempt is known, or known to be over."""
+        return seq in self.ledger.entries or seq in self._outcomes.ended
 
     def begin(self, router: str, epoch: int) -> None:
         """Lead from now on, under ``epoch``."""

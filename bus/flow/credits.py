@@ -94,6 +94,8 @@ class WorkerState:
         """Whether the request fits into the credit that is left."""
         if not self.has_room():
             return False
+        if entry.is_suspect and any(other.is_suspect for other in self.book.values()):
+            return False
         prompt_tokens = self.prompt_tokens + self.stray_prompt_tokens + entry.prompt_tokens
         if self.stage is Stage.PREFILL and not self.alone and prompt_tokens > self.beat.prefill_tokens:
             return False

@@ -83,7 +83,7 @@ class Dispatcher:
                 aside.append(flow)
                 if entry.blocked_since_s is None:
                     entry.blocked_since_s = now_s
-                patient = now_s - entry.blocked_since_s < self._settings.bypass_s
+                patient = entry.is_suspect or now_s - entry.blocked_since_s < self._settings.bypass_s
                 if not patient or len(aside) == SCAN:
                     starved = not patient and not self._ledger.budgets.has_tokens_for(entry)
                     break

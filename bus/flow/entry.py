@@ -65,6 +65,8 @@ class Entry:
     """What its worker runs, or ran last."""
     stamp: int = 0
     """Counts its moves, so that a timer knows whether it is out of date."""
+    deaths: int = 0
+    """Workers that died while they ran it or an earlier attempt."""
     paid: bool = False
     ticket: int = 0
     queue: FairQueue[Entry] | None = None
@@ -104,6 +106,7 @@ class Entry:
             data=stored.data if len(stored.data) <= inline_bytes else b"",
             seen_s=now_s,
             since_s=now_s,
+            deaths=request.deaths,
             paid=request.attempt > 0,
         )
 
@@ -111,6 +114,11 @@ class Entry:
     def bound_tokens(self) -> int:
         """The most tokens that it can come to hold."""
         return self.prompt_tokens + self.max_tokens
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it was there at the deaths of two workers: apart from others like it, the next death will tell."""
+        return self.deaths >= 2
 
     def move(self, place: Place, now_s: float) -> None:
         self.place = place

@@ -34,6 +34,8 @@ class Members:
         self._ledger = ledger
         self._settings = ledger.settings
         self._reconnected_s = float("-inf")
+        self._absent_since_s: dict[str, float] = {}
+        """Since when nobody listens where a member should."""
         self._without_since_s: dict[str, float] = {}
         """Since when a queue's engine API has no worker while others have."""
         self._lacking_since_s: dict[str, float] = {}
@@ -43,6 +45,7 @@ class Members:
 
     def hear(self, beat: Heartbeat, now_s: float) -> WorkerState | None:
         """Note that a member is alive; returns its state if it is a worker."""
+        self._absent_since_s.pop(beat.member, None)
         if beat.role is Role.GATEWAY:
             self._ledger.gateways.setdefault(beat.member, GatewayState(now_s)).last_beat_s = now_s
             return None
@@ -110,6 +113,19 @@ class Members:
     def returning(self, now_s: float) -> bool:
         """Whether the bus was away a moment ago, so that a member that nobody hears may be on its way back."""
         return now_s - self._reconnected_s < self._settings.member_timeout_s
+
+    def absent(self, member: str, now_s: float) -> bool:
+        """Note that nobody listens at a member; whether that has been so for too long."""
+        if self.returning(now_s):
+            return False
+        since_s = self._absent_since_s.setdefault(member, now_s)
+        settings = self._settings
+        is_worker = member in self._ledger.workers
+        patience_s = settings.worker_absence_s if is_worker else settings.gateway_absence_s
+        if now_s - since_s < patience_s:
+            return False
+        del self._absent_since_s[member]
+        return True
 
     def silent(self, now_s: float) -> list[str]:
         """Members whose silence has lasted too long."""

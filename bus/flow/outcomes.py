@@ -63,13 +63,38 @@ class Outcomes:
 
     def notify_lost(self, entry: Entry, message: str) -> None:
         """Tell its gateway, which replaces the attempt or discards it."""
-        lost = AttemptLost(request_id=entry.request_id, attempt=entry.attempt, seq=entry.seq, cause=message)
+        lost = AttemptLost(
+            request_id=entry.request_id,
+            attempt=entry.attempt,
+            seq=entry.seq,
+            cause=message,
+            epoch=self.epoch,
+            deaths=entry.deaths,
+        )
         self.actions.append(NotifyGateway(entry.gateway, lost))
+
+    def lose_with_worker(self, entries: list[Entry], cause: str, now_s: float, *, stray: bool = True) -> None:
+        """Their worker died: of one of them, or of nothing that has to do with them.
+
+        Whoever was there at two deaths and is alone in that killed both. Where several were, they are tried once
+        more, apart from each other: see ``WorkerState.fits``.
+        """
+        most = max((entry.deaths for entry in entries), default=0)
+        suspects = [entry for entry in entries if entry.deaths == most and not entry.cancelled]
+        guilty = suspects[0] if most and len(suspects) == 1 else None
+        for entry in entries:
+            entry.deaths += 1
+            if entry is guilty:
+                self.reject(entry, "poison", f"ended {entry.deaths} workers that ran it: {cause}", now_s)
+            else:
+                self.lose(entry, "worker", cause, now_s, stray=stray)
 
     def reject(self, entry: Entry, code: str, message: str, now_s: float) -> None:
         """It cannot be served; its gateway hears why."""
         self._stats.rejected[code] += 1
-        rejected = Rejected(request_id=entry.request_id, attempt=entry.attempt, code=code, message=message)
+        rejected = Rejected(
+            request_id=entry.request_id, attempt=entry.attempt, code=code, message=message, epoch=self.epoch
+        )
         notice = NotifyGateway(entry.gateway, rejected)
         self.rejections.add(notice, now_s)
         self.actions += [notice, Discard(entry.seq)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from llmserve.bus.flow.actions import Broadcast
 from llmserve.bus.flow.credits import WorkerState
 from llmserve.bus.flow.entry import Entry, Place
-from llmserve.bus.flow.events import MemberLost, NoResponders, Reconnected, Tick
+from llmserve.bus.flow.events import Absent, MemberLost, NoResponders, Reconnected, Tick
 from llmserve.bus.flow.handoffs import Handoffs
 from llmserve.bus.flow.ledger import Ledger
 from llmserve.bus.flow.members import Members
@@ -31,7 +31,7 @@ class Presence:
     def heartbeat(self, beat: Heartbeat, now_s: float) -> None:
         """Take in a member's credit and inventory."""
         if beat.leaving:
-            self._member_lost(beat.member, "worker is leaving", now_s)
+            self._member_lost(beat.member, "worker is leaving", now_s, died=False)
             return
         worker = self._members.hear(beat, now_s)
         if worker is None:
@@ -55,6 +55,11 @@ class Presence:
     def member_lost(self, event: MemberLost, now_s: float) -> None:
         self._member_lost(event.member, "reported gone", now_s)
 
+    def absent(self, event: Absent, now_s: float) -> None:
+        """Nobody listens at a member's own subject: after a moment, in which it may reconnect, it is gone."""
+        if self._members.absent(event.member, now_s):
+            self._member_lost(event.member, "nobody listens there", now_s)
+
     def no_responders(self, event: NoResponders, now_s: float) -> None:
         """A grant found nobody at its worker: the grant is certainly not run, the worker most likely gone."""
         entry = self._ledger.entries.get(event.seq)
@@ -66,7 +71,7 @@ class Presence:
         if worker is None:
             return
         worker.muted = True
-        if not self._members.returning(now_s):
+        if self._members.absent(event.worker, now_s):
             self._worker_lost(worker, "nobody listens at the worker", now_s, unconfirmed=False)
 
     def reconnected(self, event: Reconnected, now_s: float) -> None:
@@ -104,27 +109,33 @@ class Presence:
             outcomes.check_stored(entry)
             self._ledger.timers.set(now_s + self._settings.lost_retry_s, entry)
 
-    def _member_lost(self, member: str, cause: str, now_s: float) -> None:
+    def _member_lost(self, member: str, cause: str, now_s: float, *, died: bool = True) -> None:
         worker = self._ledger.workers.get(member)
         if worker is not None:
-            self._worker_lost(worker, cause, now_s, unconfirmed=True)
+            self._worker_lost(worker, cause, now_s, unconfirmed=True, died=died)
         gateway = self._ledger.gateways.get(member)
         if gateway is None:
             return
         entries = list(gateway.requests.values())
         if entries:
             request_ids = [entry.request_id for entry in entries]
-            self._outcomes.actions.append(Broadcast(Cancel(request_ids=request_ids)))
+            self._outcomes.actions.append(Broadcast(Cancel(request_ids=request_ids, epoch=self._outcomes.epoch)))
         for entry in entries:
             self._outcomes.cancel(entry, now_s)
         if not gateway.requests:
             del self._ledger.gateways[member]
 
-    def _worker_lost(self, worker: WorkerState, cause: str, now_s: float, *, unconfirmed: bool) -> None:
-        """``unconfirmed``: whether grants without a confirmation are lost too; the server tells of each otherwise."""
+    def _worker_lost(
+        self, worker: WorkerState, cause: str, now_s: float, *, unconfirmed: bool, died: bool = True
+    ) -> None:
+        """``unconfirmed``: whether grants without a confirmation are lost too; the server tells of each otherwise.
+        ``died``: it did not leave in order."""
         self._ledger.drop_worker(worker)
         for entry in list(worker.holding.values()):
             self._outcomes.lose(entry, "holder", cause, now_s)
-        for entry in list(worker.book.values()):
-            if unconfirmed or entry.place is Place.RUNNING:
-                self._outcomes.lose(entry, "worker", cause, now_s)
+        entries = [entry for entry in worker.book.values() if unconfirmed or entry.place is Place.RUNNING]
+        if died:
+            self._outcomes.lose_with_worker(entries, cause, now_s)
+            return
+        for entry in entries:
+            self._outcomes.lose(entry, "worker", cause, now_s)

@@ -56,7 +56,11 @@ class Progress:
         entry = self._granted_to(event.worker, event.seq, event.stage)
         held = self._ledger.entries.get(event.seq)
         self._ledger.stray_ended(event.worker, event.seq)
-        if entry is not None:
+        if entry is not None and entry.worker is not None and event.died:
+            # The others that ran there are said to have failed next; they are judged together.
+            others = list(entry.worker.book.values())
+            self._outcomes.lose_with_worker(others, event.error, now_s, stray=False)
+        elif entry is not None:
             self._outcomes.lose(entry, "failed", event.error, now_s, stray=False)
         elif (
             held is not None

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 import time
+import weakref
 from collections.abc import Callable, Coroutine, Iterable
 
 from prometheus_client import CollectorRegistry
@@ -38,6 +39,7 @@ READ_STREAM_S = 30.0
 """Between two comparisons of what is known with what is stored."""
 LEADER_POLL_S = 1.0
 SYNC_POLL_S = 0.01
+SYNC_PING_S = 0.1
 RETRY_S = 0.5
 PARALLEL_CALLS = 32
 """Requests to the bus at once, for discards and checks."""
@@ -103,7 +105,13 @@ class Router:
             self._subscriptions.append(await self._bus.subscribe(subject, self._on_message))
         self._follower = await self._bus.follow(self._on_stored)
         self._subscriptions.append(self._follower)
-        self._bus.on_reconnect(self._on_reconnect)
+        hook = weakref.WeakMethod(self._on_reconnect)
+
+        async def reconnected() -> None:
+            if (call := hook()) is not None:
+                await call()
+
+        self._bus.on_reconnect(reconnected)
 
     def stand_by(self) -> None:
         """Call a few times a second while another router leads."""
@@ -117,7 +125,7 @@ class Router:
         """
         await self.listen()
         known = set(self.core.ledger.workers)
-        self._act(self.core.begin(self._member, await self._bus.lead(self._member, over), self._clock()))
+        self.core.begin(self._member, await self._bus.lead(self._member, over))
         self._broadcast_sync()
         if self._follower is not None:
             await self._follower.caught_up()
@@ -195,6 +203,8 @@ class Router:
         if isinstance(message, Sync):
             if message.epoch > self.epoch > 0:
                 self._stand_down(Deposed(message.router, message.epoch))
+        elif isinstance(message, Cancel) and 0 < message.epoch < self.epoch:
+            logger.warning("a deposed router's cancellation is not heard: epoch %d is over", message.epoch)
         elif isinstance(message, Accepted | Refused | HandedOff | Finished | Failed | Heartbeat | Cancel):
             self._handle(message)
 
@@ -314,9 +324,13 @@ class Router:
         """
         members = self.core.members
         deadline_s = self._clock() + self.core.settings.sync_wait_s
+        ping_s = 0.0
         while members.unclaimed() and self._clock() < deadline_s and self._deposed is None:
             if known and not members.unanswered(self.epoch):
                 return
+            if self._clock() >= ping_s:  # who died with the old leader does not answer
+                self._ping_members()
+                ping_s = self._clock() + SYNC_PING_S
             await asyncio.sleep(SYNC_POLL_S)
 
     async def _read_stream(self) -> None:

@@ -39,6 +39,10 @@ class RouterSettings:
     """A grant that is not confirmed for so long is lost."""
     member_timeout_s: float = 3.0
     """A member that is silent for so long is gone."""
+    worker_absence_s: float = 0.2
+    """A worker is gone when nobody has listened at its subject for so long."""
+    gateway_absence_s: float = 0.8
+    """As for workers; longer, since its clients could not be answered when it returns."""
     inventory_grace_s: float = 0.6
     """A grant younger than this may be missing in a heartbeat that crossed it on the way."""
     lost_retry_s: float = 2.0
@@ -74,4 +78,7 @@ class RouterSettings:
             max_tokens_in_flight=spec.budgets.max_tokens_in_flight,
             max_prefill_concurrency=spec.budgets.max_prefill_concurrency,
             max_decode_concurrency=spec.budgets.max_decode_concurrency,
+            # When a server of a cluster dies, its clients are nowhere until they have found another.
+            worker_absence_s=0.2 if spec.bus.replicas == 1 else 2.0,
+            gateway_absence_s=0.8 if spec.bus.replicas == 1 else 2.0,
         )

@@ -4,7 +4,7 @@ import random
 
 from llmserve.bus.flow.actions import Action, Broadcast, CheckStored, Discard, NotifyGateway, SendGrant
 from llmserve.bus.flow.core import RouterCore
-from llmserve.bus.flow.events import Checked, Event, NoResponders, Reconnected, Tick
+from llmserve.bus.flow.events import Absent, Checked, Event, NoResponders, Reconnected, Tick
 from llmserve.bus.flow.settings import RouterSettings, TenantSettings
 from llmserve.bus.messages import (
     Accepted,
@@ -123,8 +123,9 @@ def test_no_responders_requeue_the_grant_and_lose_what_the_worker_ran() -> None:
     d = Driver()
     d.tell(beat("w1", Role.BOTH), queued(1), accepted("w1", 1, Stage.WHOLE))
     assert grants(d.tell(accepted("w1", 1, Stage.WHOLE), queued(2))) == [("w1", 2, Stage.WHOLE)]
-    lost = d.tell(NoResponders("w1", 2))
-    assert [notice.request_id for notice in notices(lost)] == ["q1"]
+    assert notices(d.tell(NoResponders("w1", 2))) == []
+    d.now_s += 0.25
+    assert [notice.request_id for notice in notices(d.tell(Absent("w1")))] == ["q1"]
     assert grants(d.tell(beat("w2", Role.BOTH))) == [("w2", 2, Stage.WHOLE)]
 
 
@@ -236,7 +237,7 @@ def test_the_requests_of_a_silent_gateway_are_cancelled_and_discarded() -> None:
     d.tell(queued(1))
     d.now_s += 3.1
     actions = d.tell(Tick())
-    assert Broadcast(Cancel(request_ids=["q1"])) in actions
+    assert Broadcast(Cancel(request_ids=["q1"], epoch=1)) in actions
     assert Discard(1) in actions
     assert d.core.ledger.entries == {}
 

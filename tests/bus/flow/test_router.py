@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from llmserve.bus.base import Bus
+from llmserve.bus.base import Bus, Overtaken
 from llmserve.bus.flow.router import Deposed, Router
 from llmserve.bus.flow.settings import RouterSettings
 from llmserve.bus.messages import (
@@ -16,6 +17,7 @@ from llmserve.bus.messages import (
     Finished,
     Grant,
     HandedOff,
+    Ping,
     Reason,
     Rejected,
     Request,
@@ -65,6 +67,8 @@ class ScriptedWorker:
             self.beat()
 
     def on_grant(self, grant: AnyMessage) -> None:
+        if isinstance(grant, Ping):
+            return
         assert isinstance(grant, Grant)
         self.grants.append(grant)
         self.running[grant.seq] = Running(seq=grant.seq, attempt=grant.attempt, stage=grant.stage)
@@ -186,12 +190,94 @@ async def test_a_worker_that_nobody_hears_is_dropped_and_its_grant_goes_elsewher
     bus = FakeBus(Hub())
     router = Router(bus, RouterSettings(), "r0")
     await router.start()
+    run = asyncio.create_task(router.run())
     bus.publish(bus.subjects.heartbeats, beat("ghost", Role.BOTH))
     await bus.accept(request("q0"), "a", "interactive")
     await until(lambda: "ghost" not in router.core.ledger.workers)
     worker = ScriptedWorker(bus, "w", Role.BOTH)
     await worker.join()
     await until(lambda: len(worker.grants) == 1)
+    await router.stop()
+    await run
+
+
+async def test_a_standby_knows_what_the_leader_knows_and_says_nothing() -> None:
+    hub = Hub()
+    bus = FakeBus(hub)
+    heard: list[AnyMessage] = []
+    for subject in (bus.subjects.gateway("g0"), bus.subjects.control):
+        await bus.subscribe(subject, heard.append)
+    standby = Router(bus, RouterSettings(), "r1")
+    await standby.listen()
+    worker = ScriptedWorker(bus, "w", Role.BOTH, ends=False)
+    await worker.join()
+    for number in range(3):
+        await bus.accept(request(f"q{number}"), "a", "interactive")
+    worker.running[1] = Running(seq=1, attempt=0, stage=Stage.WHOLE)
+    worker.beat()
+    bus.publish(bus.subjects.heartbeats, beat("w", Role.BOTH, leaving=True))
+    standby.stand_by()
+    assert sorted(standby.core.ledger.entries) == [1, 2, 3]
+    assert worker.grants == heard == hub.discarded == []
+    await worker.join()
+    await standby.start(over=0)
+    lost = [message for message in heard if isinstance(message, AttemptLost)]
+    assert [(message.seq, message.epoch) for message in lost] == [(1, 1)]
+    await until(lambda: {grant.seq for grant in worker.grants} == {2, 3})
+    await standby.stop()
+
+
+async def test_a_new_leader_holds_what_it_knew_against_what_is_stored() -> None:
+    hub = Hub()
+    bus = FakeBus(hub)
+    await bus.subscribe(bus.subjects.gateway("g0"), lambda _: None)
+    standby = Router(bus, RouterSettings(sync_wait_s=0.1), "r1")
+    await standby.listen()
+    for number in range(3):
+        await bus.accept(request(f"q{number}"), "a", "interactive")
+    del hub.stream[2]  # finished, and nobody heard of it
+    forgotten = hub.followers.pop()
+    await bus.accept(request("q3"), "a", "interactive")
+    hub.followers.append(forgotten)
+    await standby.start()
+    assert sorted(standby.core.ledger.entries) == [1, 3, 4]
+    await standby.stop()
+
+
+async def test_of_two_standbys_one_leads() -> None:
+    bus = FakeBus(Hub())
+    routers = [Router(bus, RouterSettings(), f"r{number}") for number in range(2)]
+    for router in routers:
+        await router.listen()
+    ends = await asyncio.gather(*(router.start(over=0) for router in routers), return_exceptions=True)
+    assert [type(end) for end in ends] == [type(None), Overtaken]
+    assert [router.leads for router in routers] == [True, False]
+    for router in routers:
+        await router.stop()
+
+
+async def test_a_leader_that_stood_still_condemns_nobody_and_grants_nothing_before_it_knows_that_it_leads() -> None:
+    hub = Hub()
+    bus = FakeBus(hub)
+    heard: list[AnyMessage] = []
+    await bus.subscribe(bus.subjects.gateway("g0"), heard.append)
+    now_s = 0.0
+    router = Router(bus, RouterSettings(), "r0", clock=lambda: now_s)
+    await router.start()
+    worker = ScriptedWorker(bus, "w", Role.BOTH, ends=False)
+    await worker.join()
+    await bus.accept(request("q0"), "a", "interactive")
+    await until(lambda: len(worker.grants) == 1)
+    run = asyncio.create_task(router.run())
+    await asyncio.sleep(0.1)
+    now_s += 10.0
+    time.sleep(1.8)  # noqa: ASYNC251 - as if stopped
+    await asyncio.sleep(0.6)
+    assert all(isinstance(message, Ping) for message in heard)
+    await bus.lead("r1")
+    time.sleep(1.8)  # noqa: ASYNC251
+    with pytest.raises(Deposed):
+        await asyncio.wait_for(run, 1)
     await router.stop()
 
 
