@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,12 +16,16 @@ import nats.errors
 from llmserve.bus.base import BusError
 from llmserve.bus.inbox import Reply
 from llmserve.bus.settings import BusCounters
+from llmserve.bus.tls import PlainServer, TlsClient, client_tls
+from llmserve.manifests.schema import BusTls
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.aio.subscription import Subscription as ClientSubscription
 
 logger = logging.getLogger(__name__)
+
+_USERINFO = re.compile(r"//[^/@,]*@")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,7 @@ class Server:
     """Or several, with commas between them: the servers of one cluster."""
     token: str | None
     name: str
+    tls: BusTls | None = None
 
     @property
     def urls(self) -> list[str]:
@@ -78,9 +84,15 @@ async def open_client(server: Server, callbacks: Callbacks, reconnect_wait_s: fl
 
     Raises ``BusError`` if the token is refused, ``OSError``, ``nats.errors.Error`` or ``TimeoutError`` otherwise.
     """
-    client: Client = nats.NATS()
+    tls = client_tls(server.url, server.tls)
+    client: Client = nats.NATS() if tls is None else TlsClient()
+    security: dict[str, object] = {} if tls is None else {"tls": tls.context}
+    user, separator, password = (server.any_token or "").partition(":")
+    security |= {"user": user, "password": password} if separator else {"token": server.any_token}
 
     async def down() -> None:
+        if tls is not None:
+            tls.refresh()
         callbacks.down(client)
 
     async def up() -> None:
@@ -94,7 +106,7 @@ async def open_client(server: Server, callbacks: Callbacks, reconnect_wait_s: fl
         async with asyncio.timeout(timeout_s):
             await client.connect(
                 server.urls,
-                token=server.any_token,
+                **security,
                 name=server.name,
                 connect_timeout=2,
                 allow_reconnect=False,
@@ -115,11 +127,18 @@ async def open_client(server: Server, callbacks: Callbacks, reconnect_wait_s: fl
     except BaseException as error:
         await close_client(client)
         if isinstance(error, nats.errors.Error) and "authorization" in str(error).lower():
-            raise BusError(f"the bus at {server.url} refuses the token") from error
+            raise BusError(f"the bus at {shown_url(server.url)} refuses the token") from error
+        if isinstance(error, PlainServer):
+            raise BusError(f"{shown_url(server.url)}: {error}") from error
         raise
     # Off until here, so that a refused token is an error and not tried again in silence.
     client.options["allow_reconnect"] = True
     return client
+
+
+def shown_url(url: str) -> str:
+    """Without what may be a secret in it."""
+    return _USERINFO.sub("//", url)
 
 
 async def close_client(client: Client) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import nats.errors
 
 from llmserve.bus.base import BusError, BusUnavailable
-from llmserve.bus.client import Callbacks, RawSubscription, Server, close_client, open_client
+from llmserve.bus.client import Callbacks, RawSubscription, Server, close_client, open_client, shown_url
 from llmserve.bus.inbox import Disconnected, Inbox, Reply
 from llmserve.bus.outbox import Outbox, Outgoing
 from llmserve.bus.settings import BusCounters, BusSettings
@@ -31,7 +31,7 @@ class Connection:
     """Subscriptions, publishes and requests over one client. ``open`` first, ``close`` last."""
 
     def __init__(self, url: str, token: str | None, name: str, settings: BusSettings) -> None:
-        self._server = Server(url, token, name)
+        self._server = Server(url, token, name, settings.tls)
         self.settings = settings
         self.counters = BusCounters()
         self.outbox = Outbox(settings.outbox_max_bytes, self.counters)
@@ -54,7 +54,7 @@ class Connection:
                 break
             except (OSError, nats.errors.Error, TimeoutError) as error:
                 if time.monotonic() > deadline:
-                    raise BusUnavailable(f"no bus at {self._server.url}: {_text(error)}") from error
+                    raise BusUnavailable(f"no bus at {shown_url(self._server.url)}: {_text(error)}") from error
                 await asyncio.sleep(self._pause_s())
         await self.subscribe(self.inbox.wildcard, self.inbox.deliver)
         self._spawn(self._write())

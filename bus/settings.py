@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmserve.manifests.schema import Manifest
+from llmserve.manifests.schema import BusTls, Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ class BusSettings:
     pending_max_messages: int = 65536
     """Messages of one subscription received and not handled; more are dropped and counted as a slow consumer."""
     pending_max_bytes: int = 64 << 20
+    tls: BusTls | None = None
 
     @classmethod
     def from_manifest(cls, manifest: Manifest) -> BusSettings:
@@ -37,9 +38,9 @@ class BusSettings:
         queue_max_len = manifest.spec.scheduling.policies.queue_max_len
         replicas = manifest.spec.bus.replicas
         if replicas == 1:
-            return cls(queue_max_len=queue_max_len)
+            return cls(queue_max_len=queue_max_len, tls=manifest.spec.bus.tls)
         # When a cluster loses its leader, the election alone takes 4 to 9 s.
-        return cls(queue_max_len=queue_max_len, replicas=replicas, publish_patience_s=30.0)
+        return cls(queue_max_len=queue_max_len, replicas=replicas, publish_patience_s=30.0, tls=manifest.spec.bus.tls)
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ import asyncio
 import os
 import secrets
 import sys
+from dataclasses import replace
 
 from llmserve.bus.base import BusError
 from llmserve.bus.endpoint import bus_endpoint
@@ -54,8 +55,7 @@ async def reloaded(manifest: Manifest, url: str | None) -> tuple[list[Reloaded],
         elif isinstance(message, Reloaded):
             answers[message.member] = message
 
-    policies = manifest.spec.scheduling.policies
-    settings = BusSettings(queue_max_len=policies.queue_max_len, publish_patience_s=3)
+    settings = replace(BusSettings.from_manifest(manifest), publish_patience_s=3)
     endpoint = bus_endpoint(manifest, url, os.environ)
     bus = await connect(endpoint.url, endpoint.token, manifest.metadata.name, member="reload", settings=settings)
     try:

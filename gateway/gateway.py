@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ from llmserve.gateway.middleware import GatewayMiddleware, RequestBounds
 from llmserve.gateway.readiness import Readiness, needed_roles
 from llmserve.gateway.reload import Reloader
 from llmserve.gateway.spending import SpendingReports
+from llmserve.gateway.tls import ServerTls
 from llmserve.gateway.vllm_app import VllmApp, build_vllm_app, prepare_environment
 from llmserve.manifests.schema import Manifest
 
@@ -80,8 +82,10 @@ class Gateway:
         self._access = Access.of(manifest, self._metrics)
         self._spending = SpendingReports(bus, member_id, self._access.limits)
         self._reloader = Reloader(
-            bus, member_id, self._metrics, manifest, read_manifest or (lambda: manifest), self._access.change
+            bus, member_id, self._metrics, manifest, read_manifest or (lambda: manifest), self._apply
         )
+        self._tls = ServerTls(manifest.spec.gateway.tls) if manifest.spec.gateway.tls is not None else None
+        self._watching: asyncio.Task[None] | None = None
         self._leaving = False
         self._vllm: VllmApp | None = None
         self._socket: socket.socket | None = None
@@ -93,7 +97,8 @@ class Gateway:
         """Of the API, known after ``start``."""
         assert self._socket is not None
         host, port = self._socket.getsockname()[:2]
-        return f"http://{host}:{port}"
+        scheme = "http" if self._tls is None else "https"
+        return f"{scheme}://{host}:{port}"
 
     @property
     def engine(self) -> AsyncLLM:
@@ -122,6 +127,7 @@ class Gateway:
             server_header=False,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=max(1, round(self._drain_s)),
+            ssl_context_factory=None if self._tls is None else self._tls_context,
         )
         self._server = _Server(config)
         log.info("gateway built in %.1f s, serving on %s", time.monotonic() - begun_s, self.url)
@@ -141,6 +147,8 @@ class Gateway:
         self._beater.start()
         await self._spending.start()
         await self._reloader.start()
+        if self._tls is not None:
+            self._watching = asyncio.create_task(self._tls.watch())
         gateway = self._manifest.spec.gateway
         bounds = RequestBounds(
             gateway.max_body_kb << 10,
@@ -158,6 +166,16 @@ class Gateway:
             await self._server.serve(sockets=[self._socket])
         finally:
             self._served.set()
+
+    def _tls_context(self, *_: object) -> ssl.SSLContext:
+        assert self._tls is not None
+        return self._tls.context
+
+    def _apply(self, manifest: Manifest) -> None:
+        """What a reload changes. Raises ``ManifestError``."""
+        if self._tls is not None:
+            self._tls.refresh()
+        self._access.change(manifest)
 
     def reload(self) -> None:
         """Read the manifest again; errors are logged and change nothing."""
@@ -178,6 +196,8 @@ class Gateway:
             await self._beater.stop()
             self._leaving = True
             self._beater.beat()
+        if self._watching is not None:
+            self._watching.cancel()
         await self._reloader.stop()
         await self._spending.stop()
         if self._heartbeats is not None:
