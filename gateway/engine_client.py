@@ -19,12 +19,15 @@ from llmserve.gateway.attempts import Fail
 from llmserve.gateway.caller import Caller, Failure, current_caller
 from llmserve.gateway.channel import Arrival, Call, Channel
 from llmserve.gateway.codec import Refusal
+from llmserve.gateway.fast_lane import current_stream
 from llmserve.gateway.limits import LimitExceeded, Reservation
 from llmserve.gateway.metrics import GatewayMetrics
 from llmserve.gateway.vllm_codec import VllmOutputs, VllmRequestCodec, refuse_unsupported
 
 if TYPE_CHECKING:
-    from vllm.v1.engine.output_processor import OutputProcessor
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+
+    from llmserve.gateway.text_stream import TextStream
 
 _RETRY_AFTER_S = 1
 _FAILURES = {
@@ -73,6 +76,8 @@ class BusEngineClient(EngineCoreClient):  # type: ignore[misc]
         self._outputs = VllmOutputs()
         self._queue: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._callers: dict[str, Caller] = {}
+        self._streams: dict[str, TextStream] = {}
+        """Requests in the fast lane, by their id in the engine."""
         self._processor: OutputProcessor | None = None
 
     def attach(self, processor: OutputProcessor) -> None:
@@ -96,6 +101,10 @@ class BusEngineClient(EngineCoreClient):  # type: ignore[misc]
             page_salt = self._salts.worker_salt(caller.tenant, salt)
             codec = VllmRequestCodec(request, salt, self._encoder, page_salt)
             self._callers[local_id] = caller
+            if (stream := current_stream.get()) is not None:
+                state = self._state(local_id)
+                stream.attach(state.detokenizer, state.prompt_len)
+                self._streams[local_id] = stream
             settle = None if reservation is None else partial(_settle, reservation)
             await self.channel.open(local_id, caller.tenant, caller.klass, codec, caller.received_s, settle)
         except BaseException as error:
@@ -108,6 +117,7 @@ class BusEngineClient(EngineCoreClient):  # type: ignore[misc]
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
             self._callers.pop(request_id, None)
+            self._streams.pop(request_id, None)
         self.channel.cancel(request_ids)
 
     async def get_output_async(self) -> EngineCoreOutputs:
@@ -120,10 +130,40 @@ class BusEngineClient(EngineCoreClient):  # type: ignore[misc]
         """Nothing to do: the gateway stops the channel, on its event loop."""
 
     def _arrive(self, arrivals: list[Arrival]) -> None:
+        others: list[Arrival] = []
+        stopped: list[str] = []
         for arrival in arrivals:
-            if arrival.reason is not None:
-                self._callers.pop(arrival.local_id, None)
-        self._queue.put_nowait(EngineCoreOutputs(outputs=[self._outputs.output(arrival) for arrival in arrivals]))
+            local_id, delta, reason = arrival.local_id, arrival.delta, arrival.reason
+            stream = self._streams.get(local_id)
+            if stream is None:
+                others.append(arrival)
+            else:
+                tokens = delta.tokens[arrival.skip :] if arrival.skip else delta.tokens
+                if stream.arrive(tokens, reason, delta.stop_reason, delta.cached_tokens):
+                    stopped.append(local_id)
+                elif reason is not None:
+                    self._finish(local_id)
+            if reason is not None:
+                self._callers.pop(local_id, None)
+        if others:
+            self._queue.put_nowait(EngineCoreOutputs(outputs=[self._outputs.output(arrival) for arrival in others]))
+        for local_id in stopped:
+            self._finish(local_id)
+            self._callers.pop(local_id, None)
+        self.channel.cancel(stopped)
+
+    def _finish(self, local_id: str) -> None:
+        """A request of the fast lane is over: ``AsyncLLM`` forgets it as if it had seen its last output."""
+        self._streams.pop(local_id, None)
+        self._requests._finish_request(self._state(local_id))
+
+    def _state(self, local_id: str) -> RequestState:
+        return self._requests.request_states[local_id]
+
+    @property
+    def _requests(self) -> OutputProcessor:
+        assert self._processor is not None
+        return self._processor
 
     def _fail(self, call: Call, fail: Fail) -> None:
         status, kind = _FAILURES.get(fail.code, _INTERNAL)
@@ -141,7 +181,11 @@ class BusEngineClient(EngineCoreClient):  # type: ignore[misc]
             return
         parent = state.parent_req
         choices = [local_id] if parent is None else sorted({local_id, *parent.child_requests})
-        state.queue.put(error)
+        stream = self._streams.pop(local_id, None)
+        if stream is not None:
+            stream.fail(error)
+        else:
+            state.queue.put(error)
         stopped = self._processor.abort_requests(choices, internal=True)
         for request_id in stopped:
             self._callers.pop(request_id, None)
@@ -150,6 +194,7 @@ class BusEngineClient(EngineCoreClient):  # type: ignore[misc]
     def _drop(self, local_id: str) -> None:
         """``AsyncLLM`` registers a request before it adds it and keeps it if that fails."""
         self._callers.pop(local_id, None)
+        self._streams.pop(local_id, None)
         if self._processor is not None:
             self._processor.abort_requests([local_id], internal=True)
 

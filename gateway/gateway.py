@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 from prometheus_client import CollectorRegistry
+from starlette.datastructures import State
 
 from llmserve.bus.base import Bus, Subscription
 from llmserve.bus.cache_salt import CacheSalts
@@ -105,6 +106,12 @@ class Gateway:
         """vLLM's side of the gateway, known after ``build``."""
         assert self._vllm is not None
         return self._vllm.engine
+
+    @property
+    def app_state(self) -> State:
+        """Where vLLM's server keeps its serving classes, known after ``build``."""
+        assert self._vllm is not None
+        return self._vllm.app.state
 
     @property
     def channel(self) -> Channel:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from llmserve.manifests.models import resolve_model
 from llmserve.manifests.schema import Manifest
@@ -15,9 +16,9 @@ from llmserve.manifests.schema import Manifest
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from vllm.config import VllmConfig
-    from vllm.v1.engine.async_llm import AsyncLLM
 
     from llmserve.gateway.engine_client import BusEngineClient
+    from llmserve.gateway.fast_lane import BusLLM
 
 _DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -27,7 +28,7 @@ class VllmApp:
     """The server, and what must be stopped with it."""
 
     app: FastAPI
-    engine: AsyncLLM
+    engine: BusLLM
 
     def close(self) -> None:
         self.engine.shutdown()
@@ -51,12 +52,15 @@ def served_name(manifest: Manifest) -> str:
     return model.served_name or model.id
 
 
-async def build_vllm_app(manifest: Manifest, client: BusEngineClient) -> VllmApp:
-    """vLLM's server for the manifest's model on ``client``. Raises ``ModelError``."""
+async def build_vllm_app(manifest: Manifest, client: BusEngineClient, *, fast_lane: bool = True) -> VllmApp:
+    """vLLM's server for the manifest's model on ``client``. Raises ``ModelError``.
+
+    ``fast_lane`` needs a client that hands tokens to ``TextStream``; without it every token takes vLLM's own path.
+    """
     args = _arguments(manifest)
     engine = _engine(_config(args), client)
     client.attach(engine.output_processor)
-    return VllmApp(await _application(args, engine), engine)
+    return VllmApp(await _application(args, engine, fast_lane=fast_lane), engine)
 
 
 def _arguments(manifest: Manifest) -> Namespace:
@@ -93,11 +97,13 @@ def _config(args: Namespace) -> VllmConfig:
     )
 
 
-def _engine(config: VllmConfig, client: BusEngineClient) -> AsyncLLM:
-    from vllm.v1.engine.async_llm import AsyncLLM
+def _engine(config: VllmConfig, client: BusEngineClient) -> BusLLM:
+    from llmserve.gateway.fast_lane import BusLLM
 
     with _engine_core_client(client):
-        return AsyncLLM(config, executor_class=None, log_stats=False, log_requests=False)
+        engine = BusLLM(config, executor_class=None, log_stats=False, log_requests=False)
+    engine.generations = WeakValueDictionary()
+    return engine
 
 
 @contextmanager
@@ -122,7 +128,7 @@ def _engine_core_client(client: BusEngineClient) -> Iterator[None]:
         async_llm.EngineCoreClient = original
 
 
-async def _application(args: Namespace, engine: AsyncLLM) -> FastAPI:
+async def _application(args: Namespace, engine: BusLLM, *, fast_lane: bool) -> FastAPI:
     from fastapi import FastAPI
     from vllm.entrypoints.anthropic import api_router as messages
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -134,6 +140,7 @@ async def _application(args: Namespace, engine: AsyncLLM) -> FastAPI:
     from vllm.entrypoints.serve.tokenize import api_router as tokenize
 
     from llmserve.gateway.errors import install_error_handlers
+    from llmserve.gateway.fast_lane import install_fast_lane
     from llmserve.gateway.model_route import install_model_route
 
     app = FastAPI(title="LLMServe", docs_url=None, redoc_url=None)
@@ -147,4 +154,6 @@ async def _application(args: Namespace, engine: AsyncLLM) -> FastAPI:
     init_exception_handler(app)
     install_error_handlers(app)
     await init_app_state(engine, app.state, args, ("generate",))
+    if fast_lane:
+        install_fast_lane(app.state.openai_serving_chat, app.state.openai_serving_completion, engine)
     return app

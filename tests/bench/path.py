@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -62,9 +62,10 @@ def stack(source: str, folder: Path, changes: dict[str, object]) -> Iterator[Sta
 
 
 @contextmanager
-def frontend(kind: str, folder: Path) -> Iterator[str]:
+def frontend(kind: str, folder: Path, changes: Mapping[str, object] | None = None) -> Iterator[tuple[str, int]]:
+    """One of ``tests.bench.frontends``; yields its URL and process id."""
     port = free_port()
-    manifest = manifest_with("sim.yaml", folder, {"models.primary.served_name": SERVED})
+    manifest = manifest_with("sim.yaml", folder, {"models.primary.served_name": SERVED, **(changes or {})})
     command = [sys.executable, "-m", "tests.bench.frontends", kind, str(port), str(manifest)]
     with running(Process(kind, command, folder / f"frontend-{kind}.log")) as process:
         probe = f"http://127.0.0.1:{port}/v1/models" if kind == "vllm" else None
@@ -72,7 +73,7 @@ def frontend(kind: str, folder: Path) -> Iterator[str]:
             wait_for(lambda: answers(probe), 120, f"{kind}:\n{process.output[-2000:]}")
         else:
             asyncio.run(_connects(port))
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", process.pid
 
 
 async def _connects(port: int) -> None:
@@ -137,8 +138,8 @@ def simulated_engines(folder: Path, figures: dict[str, float]) -> None:
     with ExitStack() as servers:
         urls = {
             "llmserve": servers.enter_context(stack("sim.yaml", folder, {})).url,
-            "vllm": servers.enter_context(frontend("vllm", folder)),
-            "floor": servers.enter_context(frontend("floor", folder)),
+            "vllm": servers.enter_context(frontend("vllm", folder))[0],
+            "floor": servers.enter_context(frontend("floor", folder))[0],
         }
         loads = turns(urls, 3, 512, 32, 64, 128)
     names = {

@@ -9,6 +9,7 @@ import httpx
 import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
+from starlette.datastructures import State
 
 from llmserve.bus.messages import Heartbeat, Role
 from llmserve.gateway.gateway import Gateway
@@ -55,6 +56,11 @@ class World:
     bus: FakeBus
     client: httpx.AsyncClient
     registry: CollectorRegistry
+
+    @property
+    def state(self) -> State:
+        """What vLLM's server keeps its serving classes in."""
+        return self.gateway.app_state
 
     def encode(self, text: str) -> list[int]:
         """The tokens of ``text`` and the one that ends a turn, whose text vLLM leaves out."""

@@ -1,0 +1,310 @@
+"""Which streams need none of vLLM's work for each token, and how they are served without it.
+
+Everything up to the engine's request stays vLLM's: validation, chat template, tokenization, sampling parameters.
+Between the request and the client its stream generators are exchanged for ``TextStream`` where the answer is plain
+text of one choice. What the client gets is the same, byte for byte.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakValueDictionary
+
+from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionStreamResponse
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat, _make_prompt_tokens_details
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionStreamResponse
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.serve.engine.protocol import PromptTokenUsageInfo, UsageInfo
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from llmserve.gateway.chunks import Chunks, chat_chunks, completion_chunks, event
+from llmserve.gateway.text_stream import TextStream
+
+if TYPE_CHECKING:
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+current_stream: ContextVar[TextStream | None] = ContextVar("llmserve_stream", default=None)
+"""The stream for which a request is being added to the engine."""
+
+Result: TypeAlias = Any
+"""What vLLM's serving classes return: a response, an error or a stream."""
+
+
+class Generation:
+    """A generation that was asked for and not begun: iterated, it is what ``AsyncLLM.generate`` returns."""
+
+    def __init__(self, engine: AsyncLLM, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self._engine = engine
+        self._arguments = arguments
+        self._options = options
+        self._outputs: Any = None
+
+    async def start(self, stream: TextStream) -> str:
+        """Make the engine's request and have its tokens go to ``stream``; returns the request's id in the engine."""
+        prompt, params, request_id = self._arguments
+        token = current_stream.set(stream)
+        try:
+            collector: RequestOutputCollector = await self._engine.add_request(
+                request_id, prompt, params, **self._options
+            )
+        finally:
+            current_stream.reset(token)
+        return str(collector.request_id)
+
+    def __aiter__(self) -> Any:
+        self._outputs = AsyncLLM.generate(self._engine, *self._arguments, **self._options)
+        return self._outputs
+
+    async def __anext__(self) -> Any:
+        if self._outputs is None:
+            self.__aiter__()
+        return await self._outputs.__anext__()
+
+    async def aclose(self) -> None:
+        if self._outputs is not None:
+            await self._outputs.aclose()
+
+
+class BusLLM(AsyncLLM):  # type: ignore[misc]
+    """vLLM's engine interface whose generations can be taken over before they begin."""
+
+    generations: WeakValueDictionary[str, Generation]
+    """By the request id that the serving class gave."""
+
+    def generate(self, prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> Generation:
+        generation = Generation(self, (prompt, sampling_params, request_id), options)
+        self.generations[request_id] = generation
+        return generation
+
+    async def abort_stream(self, request_id: str) -> None:
+        """Stop a request whose client is gone."""
+        await self.abort(request_id, internal=True)
+
+
+class FastStream:
+    """An answer in the fast lane, as vLLM's routes stream it: an asynchronous iterator that can be closed."""
+
+    def __init__(self, generation: Generation, engine: BusLLM, stream: TextStream) -> None:
+        self._generation = generation
+        self._engine = engine
+        self._stream = stream
+        self._request_id: str | None = None
+
+    async def open(self) -> None:
+        """Have the request accepted. Raises what becomes an error response."""
+        self._request_id = await self._generation.start(self._stream)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        assert self._request_id is not None
+        ended = False
+        try:
+            async for data in self._stream.events():
+                yield data
+            ended = True
+        finally:
+            if not ended:
+                await self._engine.abort_stream(self._request_id)
+
+
+class ChatLane:
+    """Stands in for ``OpenAIServingChat.chat_completion_stream_generator``."""
+
+    def __init__(self, serving: OpenAIServingChat, engine: BusLLM) -> None:
+        self._serving = serving
+        self._engine = engine
+        self._slow = serving.chat_completion_stream_generator
+        self._chunks: dict[tuple[str, str, bool, bool], Chunks] = {}
+
+    def __call__(
+        self,
+        request: ChatCompletionRequest,
+        result_generator: Any,
+        request_id: str,
+        model_name: str,
+        conversation: Any,
+        tokenizer: Any,
+        request_metadata: RequestResponseMetadata,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        mm_token_counts: dict[str, int] | None = None,
+    ) -> Any:
+        if not self._is_plain(request) or not isinstance(result_generator, Generation):
+            return self._slow(
+                request,
+                result_generator,
+                request_id,
+                model_name,
+                conversation,
+                tokenizer,
+                request_metadata,
+                chat_template_kwargs=chat_template_kwargs,
+                mm_token_counts=mm_token_counts,
+            )
+        serving, wants_usage = self._serving, _wants_usage(request)
+        created_s = int(time.time())
+
+        def usage(stream: TextStream) -> bytes:
+            info = _usage(stream)
+            request_metadata.final_usage_info = info
+            if not wants_usage:
+                return b""
+            details = _make_prompt_tokens_details(
+                serving.enable_prompt_tokens_details, stream.cached_tokens, 0, mm_token_counts
+            )
+            chunk = ChatCompletionStreamResponse(
+                id=request_id,
+                object="chat.completion.chunk",
+                created=created_s,
+                choices=[],
+                model=model_name,
+                usage=UsageInfo(**info.model_dump(exclude={"prompt_tokens_details"}), prompt_tokens_details=details),
+                system_fingerprint=serving.system_fingerprint,
+                metrics=None,
+            )
+            return event(chunk, exclude_none=True)
+
+        role = serving.get_chat_request_role(request)
+        chunks = self._chunks_of(model_name, role, wants_usage).of_stream(request_id, created_s)
+        stream = TextStream(chunks, usage, _error_event(serving))
+        return FastStream(result_generator, self._engine, stream)
+
+    def _is_plain(self, request: ChatCompletionRequest) -> bool:
+        """Whether the answer is one choice of text, as it comes from the detokenizer, without anything beside it."""
+        if not _is_plain(request) or request.return_prompt_text or request.logprobs:
+            return False
+        parser = self._serving.parser_cls
+        if parser is None:
+            return True
+        tool_parser = parser.tool_parser_cls
+        passes_through = tool_parser is not None and not tool_parser.engine_based_streaming
+        return parser.reasoning_parser_cls is None and passes_through and request.tool_choice == "none"
+
+    def _chunks_of(self, model: str, role: str, wants_usage: bool) -> Chunks:
+        drops_empty = self._serving.parser_cls is not None
+        key = (model, role, wants_usage, drops_empty)
+        known = self._chunks.get(key)
+        if known is None:
+            fingerprint = None if wants_usage else self._serving.system_fingerprint
+            known = self._chunks[key] = chat_chunks(model, role, fingerprint, drops_empty=drops_empty)
+        return known
+
+
+class CompletionLane:
+    """Stands in for ``OpenAIServingCompletion.completion_stream_generator``."""
+
+    def __init__(self, serving: OpenAIServingCompletion, engine: BusLLM) -> None:
+        self._serving = serving
+        self._engine = engine
+        self._slow = serving.completion_stream_generator
+        self._chunks: dict[tuple[str, bool], Chunks] = {}
+
+    def __call__(
+        self,
+        request: CompletionRequest,
+        engine_inputs: Any,
+        result_generator: Any,
+        request_id: str,
+        created_time: int,
+        model_name: str,
+        num_prompts: int,
+        tokenizer: Any,
+        request_metadata: RequestResponseMetadata,
+    ) -> Any:
+        generation = self._engine.generations.get(f"{request_id}-0")
+        if num_prompts != 1 or not self._is_plain(request) or generation is None:
+            return self._slow(
+                request,
+                engine_inputs,
+                result_generator,
+                request_id,
+                created_time,
+                model_name,
+                num_prompts=num_prompts,
+                tokenizer=tokenizer,
+                request_metadata=request_metadata,
+            )
+        serving, wants_usage = self._serving, _wants_usage(request)
+
+        def usage(stream: TextStream) -> bytes:
+            info = _usage(stream)
+            if serving.enable_prompt_tokens_details:
+                info.prompt_tokens_details = PromptTokenUsageInfo(cached_tokens=stream.cached_tokens)
+            request_metadata.final_usage_info = info
+            if not wants_usage:
+                return b""
+            chunk = CompletionStreamResponse(
+                id=request_id,
+                created=created_time,
+                model=model_name,
+                choices=[],
+                usage=info,
+                system_fingerprint=serving.system_fingerprint,
+                metrics=None,
+            )
+            return event(chunk, exclude_unset=False, exclude_none=True)
+
+        key = (model_name, wants_usage)
+        chunks = self._chunks.get(key)
+        if chunks is None:
+            fingerprint = None if wants_usage else serving.system_fingerprint
+            chunks = self._chunks[key] = completion_chunks(model_name, fingerprint)
+        stream = TextStream(chunks.of_stream(request_id, created_time), usage, _error_event(serving))
+        return FastStream(generation, self._engine, stream)
+
+    @staticmethod
+    def _is_plain(request: CompletionRequest) -> bool:
+        return _is_plain(request) and request.logprobs is None
+
+
+def install_fast_lane(chat: OpenAIServingChat, completion: OpenAIServingCompletion, engine: BusLLM) -> None:
+    """Put both lanes in place of vLLM's generators of streams."""
+    chat.chat_completion_stream_generator = ChatLane(chat, engine)
+    chat.create_chat_completion = _opened(chat.create_chat_completion)
+    completion.completion_stream_generator = CompletionLane(completion, engine)
+    completion.create_completion = _opened(completion.create_completion)
+
+
+def _opened(create: Callable[..., Any]) -> Callable[..., Any]:
+    """``create``, but that a fast stream is accepted before its response begins: a refusal has its own status."""
+
+    async def create_and_open(*arguments: Any, **options: Any) -> Result | ErrorResponse:
+        result = await create(*arguments, **options)
+        if isinstance(result, FastStream):
+            await result.open()
+        return result
+
+    return create_and_open
+
+
+def _is_plain(request: ChatCompletionRequest | CompletionRequest) -> bool:
+    options = request.stream_options
+    continuous = options is not None and options.include_usage and options.continuous_usage_stats
+    return not (
+        (request.n or 1) != 1
+        or request.use_beam_search
+        or request.echo
+        or request.return_token_ids
+        or request.prompt_logprobs is not None
+        or (request.stream_interval or 1) != 1
+        or continuous
+    )
+
+
+def _wants_usage(request: ChatCompletionRequest | CompletionRequest) -> bool:
+    return request.stream_options is not None and bool(request.stream_options.include_usage)
+
+
+def _usage(stream: TextStream) -> UsageInfo:
+    return UsageInfo(
+        prompt_tokens=stream.prompt_tokens,
+        completion_tokens=stream.output_tokens,
+        total_tokens=stream.prompt_tokens + stream.output_tokens,
+    )
+
+
+def _error_event(serving: OpenAIServingChat | OpenAIServingCompletion) -> Callable[[Exception], bytes]:
+    return lambda error: b"data: " + serving.create_streaming_error_response(error).encode() + b"\n\n"
