@@ -3,6 +3,7 @@
 # make check  format, lint and types
 # make soak   128 streams on simulated engines for a minute: no error, no growth in memory
 # make bench  measure the whole path beside vLLM's own server; writes build/bench/path.json
+# make bench-gateway  what the gateway costs a token and a request; writes build/bench/gateway.json
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p) 2>/dev/null)))
 VENV   := .venv
@@ -13,7 +14,7 @@ MANIFEST ?= manifests/local.yaml
 # cpu or cuda; found by looking for an NVIDIA driver.
 EXTRA ?= $(if $(wildcard /dev/nvidiactl),cuda,cpu)
 
-.PHONY: up test check soak bench install clean
+.PHONY: up test check soak bench bench-gateway install clean
 .DELETE_ON_ERROR:
 
 up: $(VENV)/.installed
@@ -32,6 +33,9 @@ soak: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.bench.path
+
+bench-gateway: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.bench.gateway
 
 install: $(VENV)/.installed
 

@@ -7,12 +7,14 @@ text of one choice. What the client gets is the same, byte for byte.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
+from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionStreamResponse
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat, _make_prompt_tokens_details
@@ -22,17 +24,14 @@ from vllm.entrypoints.serve.engine.protocol import PromptTokenUsageInfo, UsageIn
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from llmserve.gateway.chunks import Chunks, chat_chunks, completion_chunks, event
+from llmserve.gateway.http_protocol import writer_of
 from llmserve.gateway.text_stream import TextStream
 
 if TYPE_CHECKING:
-    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
 current_stream: ContextVar[TextStream | None] = ContextVar("llmserve_stream", default=None)
 """The stream for which a request is being added to the engine."""
-
-Result: TypeAlias = Any
-"""What vLLM's serving classes return: a response, an error or a stream."""
 
 
 class Generation:
@@ -81,13 +80,9 @@ class BusLLM(AsyncLLM):  # type: ignore[misc]
         self.generations[request_id] = generation
         return generation
 
-    async def abort_stream(self, request_id: str) -> None:
-        """Stop a request whose client is gone."""
-        await self.abort(request_id, internal=True)
-
 
 class FastStream:
-    """An answer in the fast lane, as vLLM's routes stream it: an asynchronous iterator that can be closed."""
+    """An answer in the fast lane: a response of its own, since vLLM's routes know only iterators of text."""
 
     def __init__(self, generation: Generation, engine: BusLLM, stream: TextStream) -> None:
         self._generation = generation
@@ -99,16 +94,33 @@ class FastStream:
         """Have the request accepted. Raises what becomes an error response."""
         self._request_id = await self._generation.start(self._stream)
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Stream the answer; when the client goes, or anything else ends this early, the request is stopped."""
         assert self._request_id is not None
-        ended = False
+
+        async def send_body(data: bytes) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+        last = None
+        watching = asyncio.get_running_loop().create_task(self._watch(receive))
         try:
-            async for data in self._stream.events():
-                yield data
-            ended = True
+            await send({"type": "http.response.start", "status": 200, "headers": list(_STREAM_HEADERS)})
+            last = await self._stream.serve(send_body, writer_of(scope))
         finally:
-            if not ended:
-                await self._engine.abort_stream(self._request_id)
+            watching.cancel()
+            if last is None:
+                await self._engine.abort(self._request_id, internal=True)
+        if last is not None:
+            await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._stream.leave()
+
+
+_STREAM_HEADERS = ((b"content-type", b"text/event-stream; charset=utf-8"),)
+"""Of starlette's ``StreamingResponse`` for vLLM's media type."""
 
 
 class ChatLane:
@@ -263,21 +275,7 @@ class CompletionLane:
 def install_fast_lane(chat: OpenAIServingChat, completion: OpenAIServingCompletion, engine: BusLLM) -> None:
     """Put both lanes in place of vLLM's generators of streams."""
     chat.chat_completion_stream_generator = ChatLane(chat, engine)
-    chat.create_chat_completion = _opened(chat.create_chat_completion)
     completion.completion_stream_generator = CompletionLane(completion, engine)
-    completion.create_completion = _opened(completion.create_completion)
-
-
-def _opened(create: Callable[..., Any]) -> Callable[..., Any]:
-    """``create``, but that a fast stream is accepted before its response begins: a refusal has its own status."""
-
-    async def create_and_open(*arguments: Any, **options: Any) -> Result | ErrorResponse:
-        result = await create(*arguments, **options)
-        if isinstance(result, FastStream):
-            await result.open()
-        return result
-
-    return create_and_open
 
 
 def _is_plain(request: ChatCompletionRequest | CompletionRequest) -> bool:

@@ -132,6 +132,7 @@ class Gateway:
             access_log=False,
             log_config=None,
             server_header=False,
+            proxy_headers=False,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=max(1, round(self._drain_s)),
             ssl_context_factory=None if self._tls is None else self._tls_context,

@@ -6,9 +6,10 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from llmserve.gateway.errors import error_body
+from llmserve.gateway.http_protocol import WritingProtocol
 from llmserve.gateway.metrics import GatewayMetrics
 from llmserve.manifests.schema import Gateway
 
@@ -32,7 +33,7 @@ class _Refused(Exception):
     """Raised inside a callback of the parser to stop it."""
 
 
-class BoundedProtocol(HttpToolsProtocol):
+class BoundedProtocol(WritingProtocol):
     """``bounds`` and ``metrics`` are of the class that ``bounded_protocol`` makes."""
 
     bounds: HttpBounds

@@ -1,0 +1,130 @@
+"""The short way of a streamed request to vLLM's serving classes, past FastAPI.
+
+It reads the same body with the same models, and calls the same method, as vLLM's route does. Whatever is not a valid
+streamed request takes vLLM's route, from which the answer then comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+from llmserve.gateway.fast_lane import FastStream
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+Create = Callable[[Any, Request], Awaitable[Any]]
+
+
+class FastRoute:
+    """One path: ``create`` is the method of the serving class, ``slow`` vLLM's route."""
+
+    def __init__(self, model: type[BaseModel], create: Create, slow: ASGIApp) -> None:
+        self._model = model
+        self._create = create
+        self._slow = slow
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await _read(receive)
+        if body is None:
+            return
+        request = self._parse(scope, body)
+        if request is None:
+            await self._slow(scope, _replayed(body, receive), send)
+            return
+        response = await self._respond(request, Request(scope, receive, send), receive)
+        if response is not None:
+            await response(scope, receive, send)
+
+    def _parse(self, scope: Scope, body: bytes) -> BaseModel | None:
+        """The request, if it is a streamed one and nothing is wrong with it."""
+        if b'"stream"' not in body or not _is_json(scope):
+            return None
+        try:
+            request = self._model.model_validate(json.loads(body))
+        except (ValueError, ValidationError):
+            return None
+        return request if getattr(request, "stream", False) else None
+
+    async def _respond(self, request: BaseModel, raw_request: Request, receive: Receive) -> ASGIApp | None:
+        """The response; None if the client has gone before there was one."""
+        creating = asyncio.ensure_future(self._accepted(request, raw_request))
+        watching = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait((creating, watching), return_when=asyncio.FIRST_COMPLETED)
+            return creating.result() if creating.done() else None
+        finally:
+            watching.cancel()
+            if not creating.done():
+                creating.cancel()
+                await asyncio.wait((creating,))
+
+    async def _accepted(self, request: BaseModel, raw_request: Request) -> ASGIApp:
+        made = await self._create(request, raw_request)
+        if isinstance(made, FastStream):
+            # Before the response begins, so that a refusal has its own status.
+            await made.open()
+            return made
+        if isinstance(made, ErrorResponse):
+            return JSONResponse(made.model_dump(), made.error.code)
+        return StreamingResponse(made, media_type="text/event-stream")
+
+
+def install_fast_routes(app: FastAPI) -> None:
+    """Put the short way before vLLM's routes of chat and completions."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    ways: list[tuple[str, type[BaseModel], Create]] = [
+        ("/v1/chat/completions", ChatCompletionRequest, app.state.openai_serving_chat.create_chat_completion),
+        ("/v1/completions", CompletionRequest, app.state.openai_serving_completion.create_completion),
+    ]
+    for path, model, create in ways:
+        slow = next(route.app for route in app.router.routes if getattr(route, "path", "") == path)  # type: ignore[attr-defined]
+        endpoint = FastRoute(model, create, slow)
+        # The schema's document has vLLM's.
+        app.router.routes.insert(0, Route(path, endpoint, methods=["POST"], include_in_schema=False))
+
+
+async def _read(receive: Receive) -> bytes | None:
+    """The whole body, None if the client went before its end."""
+    parts: list[bytes] = []
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """A body that was read already, then whatever comes."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay
+
+
+def _is_json(scope: Scope) -> bool:
+    for name, value in scope["headers"]:
+        if name == b"content-type":
+            return bytes(value).partition(b";")[0].strip().lower() == b"application/json"
+    return False
