@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from llmserve.gateway.fast_lane import FastStream
+from llmserve.gateway.inline import INLINE_BYTES, small_request
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -38,6 +39,8 @@ class FastRoute:
         body = await _read(receive)
         if body is None:
             return
+        # Inherited by the task that makes the request; a task of its own serves every request.
+        small_request.set(len(body) <= INLINE_BYTES)
         request = self._parse(scope, body)
         if request is None:
             await self._slow(scope, _replayed(body, receive), send)

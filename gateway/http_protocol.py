@@ -8,7 +8,7 @@ the response does not stand where a chunk may follow: then ``send`` is the way, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -25,8 +25,7 @@ class WritingProtocol(HttpToolsProtocol):
         cycle = self.cycle
         if cycle is not None and cycle.scope is self.scope:
             # The application's task is made by now, but runs later.
-            extensions = self.scope.setdefault("extensions", {})  # type: ignore[typeddict-item]
-            extensions[WRITE] = _writer(cycle)
+            cast(Scope, self.scope).setdefault("extensions", {})[WRITE] = _writer(cycle)
 
 
 def writer_of(scope: Scope) -> Write | None:

@@ -142,6 +142,7 @@ async def _application(args: Namespace, engine: BusLLM, *, fast_lane: bool) -> F
     from llmserve.gateway.errors import install_error_handlers
     from llmserve.gateway.fast_lane import install_fast_lane
     from llmserve.gateway.fast_route import install_fast_routes
+    from llmserve.gateway.inline import InlineExecutor
     from llmserve.gateway.model_route import install_model_route
 
     app = FastAPI(title="LLMServe", docs_url=None, redoc_url=None)
@@ -158,4 +159,6 @@ async def _application(args: Namespace, engine: BusLLM, *, fast_lane: bool) -> F
     if fast_lane:
         install_fast_lane(app.state.openai_serving_chat, app.state.openai_serving_completion, engine)
         install_fast_routes(app)
+        executor = engine.renderer._executor
+        executor._inner = InlineExecutor(executor._inner)
     return app
