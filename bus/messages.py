@@ -290,7 +290,8 @@ class KvEvents(Message, frozen=True, kw_only=True):
     """Tokens of a page."""
     changes: list[KvChange]
     host: str = ""
-    """The only host, as in ``Heartbeat``, whose workers can load pages below the GPU; empty: all of them can."""
+    """The only host, as in ``Heartbeat``, whose workers can load the NVMe and S3 pages; empty: all of them can.
+    Pages on a GPU and in DRAM are of use to the member alone."""
     snapshot: bool = False
     """Forget all that the member has said before; the messages that follow add what does not fit in this one."""
 

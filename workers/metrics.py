@@ -51,6 +51,15 @@ class WorkerMetrics:
         self.failures = Counter(
             "llmserve_worker_failures", "Operations that failed", (*_LABELS, "what"), registry=registry
         )
+        self.kv_resyncs = Counter(
+            "llmserve_kv_resyncs", "Snapshots of its pages that a worker sent to a router", _LABELS, registry=registry
+        )
+        self.cached_tokens = Counter(
+            "llmserve_prompt_tokens_reused",
+            "Prompt tokens that were not computed: found in the engine's own memory (gpu) or loaded (external)",
+            (*_LABELS, "source"),
+            registry=registry,
+        )
         self.restarts = Counter(
             "llmserve_engine_restarts", "Engines started again after they died", _LABELS, registry=registry
         )
@@ -89,6 +98,9 @@ class OneWorker:
             self._families.transfer_failures.labels(*labels, transfer.failure).inc()
         else:
             self._families.transfer_seconds.labels(*labels).observe(transfer.seconds)
+
+    def resynced(self) -> None:
+        self._families.kv_resyncs.labels(*self._labels).inc()
 
     def told(self, event: Event) -> None:
         name = type(event).__name__.lower()

@@ -8,10 +8,23 @@ import time
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from llmserve.bus.base import Bus, BusError, Subscription
 from llmserve.bus.cache_salt import CacheSalts
 from llmserve.bus.membership import Beater
-from llmserve.bus.messages import AnyMessage, Cancel, Failed, Grant, Heartbeat, Result, Sync
+from llmserve.bus.messages import (
+    AnyMessage,
+    Cancel,
+    Failed,
+    Grant,
+    Heartbeat,
+    KvChange,
+    KvEvents,
+    KvResync,
+    Result,
+    Sync,
+)
 from llmserve.workers.actions import (
     Abort,
     Action,
@@ -24,12 +37,18 @@ from llmserve.workers.actions import (
     Task,
     Tell,
 )
-from llmserve.workers.engine.base import Engine, EngineDied, EngineError, EngineInfo, EngineLoad
+from llmserve.workers.engine.base import Engine, EngineDied, EngineError, EngineInfo, EngineLoad, Step
+from llmserve.workers.kv_feed import KvFeed
 from llmserve.workers.metrics import OneWorker
+from llmserve.workers.rate import Rate
 from llmserve.workers.reports import Identity
 from llmserve.workers.state import WorkerState
 
 logger = logging.getLogger(__name__)
+
+
+KV_FLUSH_S = 0.02
+"""Changes of pages within so long travel together."""
 
 
 class WorkerDied(Exception):
@@ -67,6 +86,9 @@ class Worker:
         self._metrics = metrics
         self._beater = Beater(bus, self._heartbeat)
         self._subscriptions: list[Subscription] = []
+        self._feed: KvFeed
+        self._flush: asyncio.TimerHandle | None = None
+        self._prefill_rate = Rate()
         self._completions: asyncio.Queue[Complete] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended = asyncio.Event()
@@ -90,7 +112,9 @@ class Worker:
             remember_s=settings.remember_s,
             salts=settings.salts,
         )
-        for subject in (subjects.work(self._identity.member), subjects.control):
+        member = self._identity.member
+        self._feed = KvFeed(member, info.fingerprint, info.page_tokens, self._identity.host)
+        for subject in (subjects.work(member), subjects.control, subjects.kv_resync(member)):
             self._subscriptions.append(await self._bus.subscribe(subject, self._on_message))
         self._bus.on_reconnect(self._on_reconnect)
         for _ in range(settings.parallel_completions):
@@ -141,6 +165,8 @@ class Worker:
         if self._stopped:
             return
         self._stopped = True
+        if self._flush is not None:
+            self._flush.cancel()
         self._ended.set()
         await self._beater.stop()
         if self._subscriptions:
@@ -179,6 +205,9 @@ class Worker:
             self._act(self.state.cancelled(message, now_s))
         elif isinstance(message, Sync):
             self._act(self.state.synced(message, now_s))
+        elif isinstance(message, KvResync):
+            self._metrics.resynced()
+            self._tell_pages(self._feed.snapshot())
 
     async def _on_reconnect(self) -> None:
         if self.alive:
@@ -190,9 +219,40 @@ class Worker:
             busy = self._engine.load().running > 0
             step = await self._engine.step()
             now_s = time.monotonic()
+            if step.kv:
+                self._note_pages(step.kv)
+                if step == Step(kv=step.kv):
+                    continue
             self._metrics.stepped(step, now_s - last_s if busy else None)
+            if busy and step.prefill_tokens:
+                self._prefill_rate.add(step.prefill_tokens, now_s - last_s)
             last_s = now_s
             self._act(self.state.stepped(step, now_s))
+
+    # -- pages -----------------------------------------------------------------------------------------------------
+
+    def _note_pages(self, changes: list[KvChange]) -> None:
+        """What the router is told waits ``KV_FLUSH_S`` for more."""
+        try:
+            self._feed.change(changes)
+        except ValueError as error:
+            self._metrics.failed("kv events")
+            logger.error("worker %s: its engine's KV events: %s", self._identity.member, error)
+        if self._flush is None and self._feed.pending and not self._stopped:
+            self._flush = asyncio.get_running_loop().call_later(KV_FLUSH_S, self._flush_pages)
+
+    def _flush_pages(self) -> None:
+        self._flush = None
+        if not self._stopped:
+            self._tell_pages(self._feed.flush())
+
+    def _tell_pages(self, messages: list[KvEvents]) -> None:
+        for message in messages:
+            try:
+                self._bus.publish(self._bus.subjects.kv_events, message)
+            except BusError as error:
+                # Its number is missing now: the router notices and asks for everything.
+                self._failed("kv events", error)
 
     # -- out -------------------------------------------------------------------------------------------------------
 
@@ -276,7 +336,12 @@ class Worker:
     def _heartbeat(self) -> Heartbeat:
         load = self._engine.load()
         self._metrics.show(self.state, load)
-        return self.state.heartbeat(load)
+        return replace(
+            self.state.heartbeat(load),
+            kv_seq=self._feed.seq,
+            prefill_tokens_s=self._prefill_rate.per_s,
+            load_tokens_s=load.load_tokens_s,
+        )
 
     def _spawn(self, call: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(call)

@@ -121,6 +121,7 @@ def _simulated(manifest: Manifest, host: str) -> Engine:
                 max_model_len=max_model_len(manifest, shape),
                 chunked=policies.chunked_prefill,
                 long_prompt_tokens=policies.prefill_long_prompt_tokens,
+                prefix_cache=spec.kv_cache.prefix_caching,
             ),
             timing=Timing(
                 step_s=model.step_ms / 1e3,

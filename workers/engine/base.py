@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
-from llmserve.bus.messages import Reason, Stage
+from llmserve.bus.messages import KvChange, Reason, Stage
 
 
 class EngineError(Exception):
@@ -102,6 +102,8 @@ class EngineLoad:
     running: int = 0
     waiting: int = 0
     pages_free: int = 0
+    load_tokens_s: dict[str, float] = field(default_factory=dict)
+    """Prompt tokens that it loads a second from a ``Tier``, as measured of late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +116,16 @@ class Step:
     transfers: list[Transfer] = field(default_factory=list)
     prefill_tokens: int = 0
     """Prompt tokens computed in this step."""
+    kv: list[KvChange] = field(default_factory=list)
+    """Pages that can be reused from now on, or no more. A step may consist of these alone."""
 
 
 class Engine(ABC):
-    """One model replica."""
+    """One model replica.
+
+    With a prefix cache it names its pages by the short hashes of ``llmserve.bus.block_hashes``, salted as ``Work``
+    says, and tells of all of them in its steps.
+    """
 
     @abstractmethod
     async def start(self) -> EngineInfo:

@@ -2,7 +2,8 @@
 
 For tests of scale and of scheduling only: nothing that it outputs is text of any model. It reads the same requests
 as vLLM's engine, and the same request always yields the same tokens, on one worker or over a handoff, in one attempt
-or several, since each token is a function of all tokens before it. It has no prefix cache.
+or several, since each token is a function of all tokens before it. Its prefix cache names pages as vLLM's does, and
+tells of them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from llmserve.bus.messages import Reason
+from llmserve.bus.cache_salt import request_salt
+from llmserve.bus.messages import KvChange, Reason
 from llmserve.workers.engine.base import (
     Engine,
     EngineError,
@@ -112,7 +114,9 @@ class SimulatedEngine(Engine):
         )
 
     def submit(self, work: Work) -> None:
-        self.scheduler.add(work.work_id, work.stage, decode_body(work.body), work.first_tokens, work.handoff)
+        body = decode_body(work.body)
+        salt = request_salt(work.owner_salt, body.cache_salt) if work.owner_salt else body.cache_salt or ""
+        self.scheduler.add(work.work_id, work.stage, body, work.first_tokens, work.handoff, salt)
         self._wake.set()
 
     def abort(self, work_ids: list[str]) -> None:
@@ -136,8 +140,9 @@ class SimulatedEngine(Engine):
                     self._outputs.append(self._with_handoff(output))
             elif not self._has_news():
                 await self._sleep_until_woken()
-            if self._has_news() or batch.prefill_tokens:
-                return self._take_news(batch.prefill_tokens)
+            kv = self.scheduler.pool.changes()
+            if self._has_news() or batch.prefill_tokens or kv:
+                return self._take_news(batch.prefill_tokens, kv)
 
     def load(self) -> EngineLoad:
         scheduler = self.scheduler
@@ -171,8 +176,8 @@ class SimulatedEngine(Engine):
     def _has_news(self) -> bool:
         return bool(self._outputs or self._released or self._transfers)
 
-    def _take_news(self, prefill_tokens: int) -> Step:
-        step = Step(self._outputs, self._released, self._transfers, prefill_tokens)
+    def _take_news(self, prefill_tokens: int, kv: list[KvChange]) -> Step:
+        step = Step(self._outputs, self._released, self._transfers, prefill_tokens, kv)
         self._outputs, self._released, self._transfers = [], [], []
         return step
 
@@ -224,9 +229,10 @@ class SimulatedEngine(Engine):
         failure = ""
         try:
             params = msgspec.msgpack.decode(sequence.handoff, type=HandoffParams)
-            pages, cached = params.pages, params.cached_tokens
+            here = len(sequence.names.shared) if sequence.names is not None else 0
+            pages, cached = max(0, params.pages - here), params.cached_tokens
             async with asyncio.timeout(self.settings.transfer_timeout_s):
-                failure = await self._transfer(params)
+                failure = await self._transfer(params, pages)
         except msgspec.MsgspecError:
             failure = "other"
         except PeerGone:
@@ -241,12 +247,12 @@ class SimulatedEngine(Engine):
         self.scheduler.loaded(sequence, ok=not failure, cached=cached)
         self._wake.set()
 
-    async def _transfer(self, params: HandoffParams) -> str:
+    async def _transfer(self, params: HandoffParams, pages: int) -> str:
         """Let the transfer's time pass on this engine's one link, then ask whether the pages were valid so long."""
         if params.fingerprint != self._fingerprint:
             return "fingerprint"
         now = time.monotonic()
-        seconds = params.pages * self.settings.page_bytes * 8 / self.settings.timing.transfer_bits_per_s
+        seconds = pages * self.settings.page_bytes * 8 / self.settings.timing.transfer_bits_per_s
         self._link_free_s = max(now, self._link_free_s) + seconds
         await asyncio.sleep(self._link_free_s - now)
         return "" if await self._reader.take((params.host, params.port), params.key) else "stale"

@@ -2,7 +2,7 @@
 
 The policy is vLLM's in outline: running sequences first, in order of arrival, each with what it still has to
 compute, then waiting ones while slots, pages and the step's token budget last; when a running sequence cannot grow,
-the newest one gives up its pages and computes everything again later. No I/O, no clock.
+the newest one gives up its pages and computes again later what is not in the prefix cache then. No I/O, no clock.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from array import array
 from collections import deque
 from dataclasses import dataclass, field
 
+from llmserve.bus.block_hashes import SHORT_BYTES, chain
 from llmserve.bus.messages import Reason, Stage
 from llmserve.workers.engine.base import EngineError, EngineOutput
+from llmserve.workers.engine.simulated_pages import PagePool
 from llmserve.workers.engine.wire import Body
 
 FIRST_TOKEN_ID = 100
@@ -30,6 +32,30 @@ class Phase(enum.Enum):
     HELD = "held"
     """Prefilled; the pages wait for a decode engine."""
     GONE = "gone"
+
+
+@dataclass(slots=True, eq=False)
+class Names:
+    """The block hashes of one sequence's tokens."""
+
+    cache_salt: str
+    block_tokens: int
+    hashes: list[int] = field(default_factory=list)
+    """Of all full blocks so far."""
+    shared: list[int] = field(default_factory=list)
+    """Those of them whose pages it uses by name."""
+    parent: bytes = b""
+    tail: list[int] = field(default_factory=list)
+    """Tokens behind the last full block."""
+
+    def append(self, tokens: list[int]) -> None:
+        self.tail += tokens
+        if len(self.tail) < self.block_tokens:
+            return
+        for full in chain(self.tail, self.block_tokens, self.cache_salt, self.parent):
+            self.hashes.append(int.from_bytes(full[-SHORT_BYTES:], "big"))
+            self.parent = full
+        del self.tail[: len(self.tail) // self.block_tokens * self.block_tokens]
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +76,8 @@ class Sequence:
     phase: Phase = Phase.WAITING
     computed: int = 0
     pages: int = 0
+    names: Names | None = None
+    """None without a prefix cache."""
     prefilled: int = 0
     """Prompt tokens computed here, again after a preemption."""
     cached: int = 0
@@ -83,6 +111,7 @@ class Limits:
     """False: a prompt is computed in one step."""
     long_prompt_tokens: int | None = None
     """A longer prompt advances by at most so many tokens a step."""
+    prefix_cache: bool = False
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)
@@ -104,15 +133,25 @@ class Scheduler:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.pages_free = limits.pages
+        self.pool = PagePool(limits.pages)
         self.sequences: dict[str, Sequence] = {}
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.loading = 0
         self.preemptions = 0
 
+    @property
+    def pages_free(self) -> int:
+        return self.pool.free
+
     def add(
-        self, work_id: str, stage: Stage, body: Body, first_tokens: tuple[int, ...] = (), handoff: bytes = b""
+        self,
+        work_id: str,
+        stage: Stage,
+        body: Body,
+        first_tokens: tuple[int, ...] = (),
+        handoff: bytes = b"",
+        cache_salt: str = "",
     ) -> None:
         """Queue a sequence. Raises ``EngineError`` if it can never run here."""
         limits, prompt = self.limits, len(body.prompt)
@@ -127,6 +166,7 @@ class Scheduler:
                 f"request of {prompt + limit} tokens needs {limits.pages_for(prompt + limit)} pages,"
                 f" the engine has {limits.pages}"
             )
+        tokens = [*body.prompt, *first_tokens]
         sequence = Sequence(
             work_id=work_id,
             stage=stage,
@@ -134,10 +174,13 @@ class Scheduler:
             limit=limit,
             min_tokens=body.min_tokens,
             stop_token_ids=body.stop_token_ids,
-            digest=digest_of([*body.prompt, *first_tokens]),
+            digest=digest_of(tokens),
             generated=len(first_tokens),
             handoff=handoff,
         )
+        if limits.prefix_cache:
+            sequence.names = Names(cache_salt, limits.page_tokens)
+            sequence.names.append(tokens)
         self.sequences[work_id] = sequence
         self.waiting.append(sequence)
 
@@ -171,6 +214,7 @@ class Scheduler:
             if sequence.phase is not Phase.RUNNING:
                 continue
             sequence.computed += tokens
+            self._name_pages(sequence)
             if sequence.computed == sequence.length:
                 outputs.append(self._sample(sequence))
         if outputs:
@@ -188,6 +232,9 @@ class Scheduler:
             # One token at least is computed here: it is the one that yields the next.
             sequence.computed = min(sequence.prompt, sequence.length - 1)
             sequence.cached = cached
+            self._name_pages(sequence)
+        elif sequence.names is not None:
+            sequence.computed = len(sequence.names.shared) * self.limits.page_tokens
         self.running.append(sequence)
 
     def abort(self, work_id: str) -> Phase | None:
@@ -215,9 +262,13 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert that every page has one owner and every sequence one place."""
-        owned = sum(sequence.pages for sequence in self.sequences.values())
+        self.pool.check()
+        shared = [s.names.shared for s in self.sequences.values() if s.names is not None]
+        owned = sum(sequence.pages for sequence in self.sequences.values()) - sum(map(len, shared))
+        names = {number for numbers in shared for number in numbers}
         assert self.pages_free >= 0
-        assert owned + self.pages_free == self.limits.pages
+        assert self.pool.private == owned
+        assert owned + len(names) + self.pages_free == self.limits.pages
         phases = [sequence.phase for sequence in self.sequences.values()]
         assert phases.count(Phase.RUNNING) == len(self.running) == len(set(self.running))
         assert phases.count(Phase.WAITING) == len(self.waiting)
@@ -244,12 +295,12 @@ class Scheduler:
         missing = self.limits.pages_for(tokens) - sequence.pages
         if missing <= self.pages_free:
             if missing > 0:
-                self.pages_free -= missing
+                self.pool.take((), missing)
                 sequence.pages += missing
             return True
         victim = self.running.pop()
-        self.pages_free += victim.pages
-        victim.pages = victim.computed = 0
+        self._leave_pages(victim)
+        victim.computed = 0
         victim.phase = Phase.WAITING
         self.waiting.appendleft(victim)
         self.preemptions += 1
@@ -259,13 +310,20 @@ class Scheduler:
         limits = self.limits
         while self.waiting and len(self.running) + self.loading < limits.slots:
             sequence = self.waiting[0]
-            need = limits.pages_for(sequence.length)
+            found = self._find_pages(sequence)
+            sequence.computed = len(found) * limits.page_tokens
             tokens = self._chunk(sequence, budget, batch)
-            if need > self.pages_free or not (tokens or sequence.handoff):
+            need = limits.pages_for(sequence.length)
+            if not self.pool.can_take(found, need - len(found)) or not (tokens or sequence.handoff):
+                sequence.computed = 0
                 return
             self.waiting.popleft()
-            self.pages_free -= need
+            self.pool.take(found, need - len(found))
             sequence.pages = need
+            if sequence.names is not None:
+                sequence.names.shared = found
+            if not sequence.yielded and not sequence.handoff:
+                sequence.cached = sequence.computed
             if sequence.handoff:
                 sequence.phase = Phase.LOADING
                 self.loading += 1
@@ -275,6 +333,32 @@ class Scheduler:
             self.running.append(sequence)
             budget -= tokens
             self._put(batch, sequence, tokens)
+
+    def _find_pages(self, sequence: Sequence) -> list[int]:
+        """The pages that it need not compute: never all of them, since its next token comes from the last one."""
+        names = sequence.names
+        if names is None:
+            return []
+        hashes = names.hashes[: (sequence.length - 1) // self.limits.page_tokens]
+        return hashes[: self.pool.known(hashes)]
+
+    def _name_pages(self, sequence: Sequence) -> None:
+        """Give its full pages their names."""
+        names = sequence.names
+        if names is None:
+            return
+        full = min(sequence.computed // self.limits.page_tokens, len(names.hashes))
+        while len(names.shared) < full:
+            number = names.hashes[len(names.shared)]
+            self.pool.name(number)
+            names.shared.append(number)
+
+    def _leave_pages(self, sequence: Sequence) -> None:
+        shared: list[int] = []
+        if sequence.names is not None:
+            shared, sequence.names.shared = sequence.names.shared, []
+        self.pool.leave(shared, sequence.pages - len(shared))
+        sequence.pages = 0
 
     @staticmethod
     def _put(batch: Batch, sequence: Sequence, tokens: int) -> None:
@@ -291,6 +375,8 @@ class Scheduler:
                 token = FIRST_TOKEN_ID + (token - FIRST_TOKEN_ID + 1) % TOKEN_IDS
         sequence.digest = zlib.crc32(token.to_bytes(4, "little"), sequence.digest)
         sequence.generated += 1
+        if sequence.names is not None:
+            sequence.names.append([token])
         first, sequence.yielded = not sequence.yielded, True
         reason: Reason | None = None
         if token in sequence.stop_token_ids:
@@ -311,7 +397,6 @@ class Scheduler:
         )
 
     def _drop(self, sequence: Sequence) -> None:
-        self.pages_free += sequence.pages
-        sequence.pages = 0
+        self._leave_pages(sequence)
         sequence.phase = Phase.GONE
         del self.sequences[sequence.work_id]

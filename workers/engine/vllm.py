@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import tempfile
 import uuid
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llmserve.bus.messages import Reason, Role
@@ -23,6 +25,7 @@ from llmserve.workers.engine.base import (
 )
 from llmserve.workers.engine.vllm_config import VllmOptions, apply_environment, build_config
 from llmserve.workers.engine.vllm_core import Core, Pages
+from llmserve.workers.engine.vllm_events import changes_of
 from llmserve.workers.engine.vllm_outputs import Entry, OutputReader, load_of, released_of, transfers_of
 from llmserve.workers.engine.vllm_process import ProcessCore
 from llmserve.workers.engine.vllm_requests import Limits, RequestStager, release_request
@@ -30,6 +33,7 @@ from llmserve.workers.engine.vllm_thread import ThreadCore
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVEventBatch
     from vllm.v1.engine import EngineCoreOutputs
 
 logger = logging.getLogger(__name__)
@@ -61,6 +65,8 @@ class VllmEngine(Engine):
         self._died: EngineDied | None = None
         self._load = EngineLoad()
         self._pages_total = 0
+        self._block_tokens = 0
+        self._events_folder: tempfile.TemporaryDirectory[str] | None = None
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -75,18 +81,25 @@ class VllmEngine(Engine):
         self._stager = RequestStager(Limits(model.max_model_len, model.get_vocab_size()))
         self._reader = OutputReader()
         self._pages_total = pages.total
+        self._block_tokens = pages.tokens
         self._load = EngineLoad(pages_free=pages.total)
         return _info(config, pages)
 
     def _prepare(self, engine_id: str) -> VllmConfig:
         apply_environment(self._manifest, self._options)
         shm.sweep()
-        return build_config(self._manifest, self._role, self._options, engine_id)
+        options = self._options
+        if options.mode == "process":
+            self._events_folder = tempfile.TemporaryDirectory(prefix="llmserve-", ignore_cleanup_errors=True)
+            options = replace(options, events_folder=self._events_folder.name)
+        return build_config(self._manifest, self._role, options, engine_id)
 
     async def close(self) -> None:
         core, self._core = self._core, None
         if core is not None:
             await core.close()
+        if self._events_folder is not None:
+            self._events_folder.cleanup()
         self._die("the engine is closed")
 
     def _die(self, why: str) -> None:
@@ -145,9 +158,15 @@ class VllmEngine(Engine):
     def load(self) -> EngineLoad:
         return self._load
 
-    def _sink(self, outputs: EngineCoreOutputs | Exception) -> None:
+    def _sink(self, outputs: EngineCoreOutputs | KVEventBatch | Exception) -> None:
         if isinstance(outputs, Exception):
             self._die(f"the engine core is gone: {' '.join(str(outputs).split()) or type(outputs).__name__}")
+            return
+        from vllm.v1.engine import EngineCoreOutputs
+
+        if not isinstance(outputs, EngineCoreOutputs):
+            if changes := changes_of(outputs, self._block_tokens):
+                self._steps.put_nowait(Step(kv=changes))
             return
         step = Step(outputs=self._read(outputs))
         if (stats := outputs.scheduler_stats) is not None:
@@ -193,7 +212,7 @@ class VllmEngine(Engine):
 
 
 def _says_something(step: Step) -> bool:
-    return bool(step.outputs or step.released or step.transfers)
+    return bool(step.outputs or step.released or step.transfers or step.kv)
 
 
 def _info(config: VllmConfig, pages: Pages) -> EngineInfo:

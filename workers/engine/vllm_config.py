@@ -44,6 +44,8 @@ class VllmOptions:
     draft_path: str | None = None
     kv_bytes: int | None = None
     """KV space over all ranks, if a budget allows less than the manifest's ``engine.kv_space_gb``."""
+    events_folder: str = ""
+    """A private folder for the socket on which an engine process publishes its KV events."""
     io_share: float = 1.0
     """Part of ``budgets.max_kv_io_gbps`` that this engine may use."""
     gpus: tuple[str, ...] = ()
@@ -77,6 +79,7 @@ def engine_args(manifest: Manifest, role: Role, options: VllmOptions, engine_id:
         "kv_cache_memory_bytes": _kv_bytes(manifest, options),
         "speculative_config": _speculation(manifest, options),
         "kv_transfer_config": _kv_transfer(manifest, role, options, engine_id),
+        "kv_events_config": _kv_events(manifest, options),
         "distributed_executor_backend": _executor(manifest, options),
         "additional_config": {GPUS: ",".join(options.gpus)} if options.gpus else None,
     }
@@ -168,6 +171,16 @@ def _kv_transfer(manifest: Manifest, role: Role, options: VllmOptions, engine_id
     }
 
 
+def _kv_events(manifest: Manifest, options: VllmOptions) -> object | None:
+    """Where the engine tells what its prefix cache holds: a thread is asked directly, a child publishes."""
+    if not manifest.spec.kv_cache.prefix_caching:
+        return None
+    if options.mode == "thread" or not options.events_folder:
+        return {"enable_kv_cache_events": True, "publisher": "null"}
+    endpoint = f"ipc://{options.events_folder}/kv-events"
+    return {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint}
+
+
 def environment(manifest: Manifest, options: VllmOptions) -> tuple[dict[str, str], dict[str, str]]:
     """(variables that must be so, variables that the user may have set otherwise)."""
     forced = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_NO_USAGE_STATS": "1"}
@@ -192,18 +205,22 @@ def apply_environment(manifest: Manifest, options: VllmOptions) -> None:
     """Set the environment for vLLM and its children; before vLLM is imported."""
     forced, default = environment(manifest, options)
     os.environ.update(forced)
+    # It would seed the block hashes of vLLM, so that nobody else knew the names of its pages.
+    os.environ.pop("PYTHONHASHSEED", None)
     for name, value in default.items():
         os.environ.setdefault(name, value)
 
 
 def build_config(manifest: Manifest, role: Role, options: VllmOptions, engine_id: str) -> VllmConfig:
     """vLLM's configuration; imports vLLM, which takes seconds. Raises ``EngineError``."""
-    from vllm.config import KVTransferConfig
+    from vllm.config import KVEventsConfig, KVTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     args = engine_args(manifest, role, options, engine_id)
     if isinstance(transfer := args.get("kv_transfer_config"), dict):
         args["kv_transfer_config"] = KVTransferConfig(**transfer)
+    if isinstance(events := args.get("kv_events_config"), dict):
+        args["kv_events_config"] = KVEventsConfig(**events)
     try:
         config = AsyncEngineArgs(**args).create_engine_config()
     except (ValueError, OSError, NotImplementedError) as error:

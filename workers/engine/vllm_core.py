@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
+    from vllm.distributed.kv_events import KVEventBatch
     from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 
-    Sink: TypeAlias = Callable[[EngineCoreOutputs | Exception], None]
-    """Called in the event loop with each step's outputs, and once with the exception that ended the core."""
+    Sink: TypeAlias = Callable[[EngineCoreOutputs | KVEventBatch | Exception], None]
+    """Called in the event loop with each step's outputs and KV events, and once with the exception that ended the
+    core."""
 
 
 @dataclass(frozen=True, slots=True)

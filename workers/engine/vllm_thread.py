@@ -16,7 +16,10 @@ from llmserve.workers.engine.base import EngineError
 from llmserve.workers.engine.vllm_core import Core, Pages, pages_of, refused
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import EventPublisher, KVEventBatch
     from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
     from vllm.v1.engine.core import EngineCore
 
@@ -96,6 +99,9 @@ class ThreadCore(Core):
         if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
             torch._dynamo.config.disable = True
         core = EngineCore(self._config, Executor.get_class(self._config), log_stats=True)
+        events = self._config.kv_events_config
+        if events is not None and events.enable_kv_cache_events:
+            core.scheduler.kv_event_publisher = _publisher(self._emit)
         ranks = core.collective_rpc("llmserve_pages")
         cache = self._config.cache_config
         return core, pages_of(cache.num_gpu_blocks or 0, cache.block_size, ranks)
@@ -134,7 +140,7 @@ class ThreadCore(Core):
         for output in (outputs or {}).values():
             self._emit(output)
 
-    def _emit(self, output: EngineCoreOutputs | Exception) -> None:
+    def _emit(self, output: EngineCoreOutputs | KVEventBatch | Exception) -> None:
         self._call(self._sink, output)
 
     def _call(self, function: Any, *args: object) -> None:
@@ -150,6 +156,20 @@ class ThreadCore(Core):
             core.shutdown()
         except Exception:
             logger.exception("the engine core did not shut down cleanly")
+
+
+def _publisher(emit: Callable[[KVEventBatch], None]) -> EventPublisher:
+    """Hands the scheduler's KV events on, in the order of its steps."""
+    from vllm.distributed.kv_events import EventPublisher
+
+    class Publisher(EventPublisher):  # type: ignore[misc]
+        def publish(self, events: KVEventBatch) -> None:
+            emit(events)
+
+        def shutdown(self) -> None:
+            """Nothing was opened."""
+
+    return Publisher()
 
 
 def _set_result(future: asyncio.Future[Pages], value: Pages) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from llmserve.bus import frames
-from llmserve.bus.messages import Role, Stage
+from llmserve.bus.messages import KvChange, Role, Stage
 from llmserve.manifests.models import resolve_model
 from llmserve.manifests.schema import (
     DraftModel,
@@ -36,9 +36,16 @@ HbmDtype: TypeAlias = Literal["auto", "fp16", "bf16", "fp8"]
 
 
 def manifest(
-    *, draft: bool = False, model: Mapping[str, Any] | None = None, hbm_dtype: HbmDtype = "auto", **transfer: Any
+    *,
+    draft: bool = False,
+    model: Mapping[str, Any] | None = None,
+    hbm_dtype: HbmDtype = "auto",
+    prefix_caching: bool = False,
+    kv_space_gb: float = 0.35,
+    **transfer: Any,
 ) -> Manifest:
-    """Small KV space, no prefix caching: what is computed shows. ``model`` replaces fields of the primary model."""
+    """Small KV space, no prefix caching by default: what is computed shows. ``model`` replaces fields of the primary
+    model."""
     return Manifest(
         metadata=Metadata(name="test"),
         spec=Spec(
@@ -46,21 +53,21 @@ def manifest(
                 primary=PrimaryModel(**{"id": MODEL, "dtype": "bf16", "max_model_len": 2048, **(model or {})}),
                 draft=DraftModel(id=MODEL, speculative_tokens=3) if draft else None,
             ),
-            engine=Engine(enforce_eager=True, kv_space_gb=0.35, max_num_seqs=16),
-            kv_cache=KVCache(prefix_caching=False, hbm_dtype=hbm_dtype),
+            engine=Engine(enforce_eager=True, kv_space_gb=kv_space_gb, max_num_seqs=16),
+            kv_cache=KVCache(prefix_caching=prefix_caching, hbm_dtype=hbm_dtype),
             transfer=Transfer(**transfer),
         ),
     )
 
 
-def body(prompt: list[int], max_tokens: int = 12, **params: Any) -> bytes:
+def body(prompt: list[int], max_tokens: int = 12, *, cache_salt: str | None = None, **params: Any) -> bytes:
     """A request as the gateway encodes it."""
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.serial_utils import MsgpackEncoder
 
     sampling = SamplingParams(**{"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **params})
-    request = EngineCoreRequest("theirs", prompt, None, sampling, None, 0.0, None, None, None)
+    request = EngineCoreRequest("theirs", prompt, None, sampling, None, 0.0, None, cache_salt, None)
     return frames.pack(MsgpackEncoder().encode(request))
 
 
@@ -90,6 +97,7 @@ class Driver:
     engine: VllmEngine
     info: EngineInfo
     moved: list[Moved] = field(default_factory=list)
+    kv: list[KvChange] = field(default_factory=list)
     released: set[str] = field(default_factory=set)
     died: Exception | None = None
     _outputs: dict[str, list[EngineOutput]] = field(default_factory=lambda: defaultdict(list))
@@ -98,11 +106,12 @@ class Driver:
     _number: int = 0
 
     @classmethod
-    async def open(cls, role: Role, mode: Mode, **fields: Any) -> Driver:
+    async def open(cls, role: Role, mode: Mode, *, block_tokens: int | None = None, **fields: Any) -> Driver:
         """An engine of ``manifest(**fields)``."""
         made = manifest(**fields)
         files = resolve_model(made.spec.models.primary.id)
-        options = VllmOptions(files.path, files.local, mode=mode, draft_path=resolve_model(MODEL).path)
+        draft_path = resolve_model(MODEL).path
+        options = VllmOptions(files.path, files.local, mode=mode, draft_path=draft_path, block_tokens=block_tokens)
         engine = VllmEngine(made, role, options)
         driver = cls(engine, await engine.start())
         driver._task = asyncio.create_task(driver._read())
@@ -115,6 +124,7 @@ class Driver:
                 for output in step.outputs:
                     self._outputs[output.work_id].append(output)
                 self.moved.extend(step.transfers)
+                self.kv.extend(step.kv)
                 self.released.update(step.released)
                 async with self._changed:
                     self._changed.notify_all()

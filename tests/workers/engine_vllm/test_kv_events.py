@@ -1,0 +1,106 @@
+"""A real engine's prefix cache: it names pages as a gateway does, tells of them, and keeps tenants apart."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from llmserve.bus.block_hashes import short_hashes, unpack_short
+from llmserve.bus.cache_salt import CacheSalts, request_salt
+from llmserve.bus.messages import Role, Stage, Tier
+from llmserve.workers.kv_feed import KvFeed
+from tests.workers.engine_vllm.driver import Driver, body
+
+pytestmark = pytest.mark.vllm
+Prompt = Callable[..., list[int]]
+
+BLOCK = 32
+SALTS = CacheSalts("test", {"friends": ["ann", "bob"]})
+
+
+@pytest.fixture(scope="module")
+async def caching() -> AsyncIterator[Driver]:
+    driver = await Driver.open(Role.BOTH, "process", prefix_caching=True, kv_space_gb=0.1, block_tokens=BLOCK)
+    yield driver
+    await driver.close()
+
+
+def told(driver: Driver) -> frozenset[int]:
+    """What the engine holds by all that it has told."""
+    feed = KvFeed("w", "f", BLOCK, "h")
+    feed.change(driver.kv)
+    return feed.held(Tier.GPU)
+
+
+def hashes(tokens: list[int], salt: str = "") -> set[int]:
+    return set(unpack_short(short_hashes(tokens, BLOCK, salt)))
+
+
+async def test_pages_have_the_hashes_that_a_gateway_computes_plain_and_salted(
+    caching: Driver, prompt: Prompt
+) -> None:
+    assert caching.info.page_tokens == BLOCK
+    tokens = prompt(333, "Hashes.")
+    plain = await caching.run(Stage.WHOLE, body(tokens, 40))
+    salted = await caching.run(Stage.WHOLE, body(tokens, 40, cache_salt="mine"), owner_salt=SALTS.owner("acme"))
+    expected = hashes([*tokens, *plain.tokens[:-1]])
+    expected |= hashes([*tokens, *salted.tokens[:-1]], SALTS.worker_salt("acme", "mine"))
+    await caching.until(lambda: told(caching) >= expected, "all full blocks are told")
+    assert told(caching) == expected
+    assert len(expected) == 2 * ((333 + 39) // BLOCK)
+
+
+async def test_a_resubmission_of_prompt_and_tokens_finds_the_pages_of_the_first_attempt(
+    caching: Driver, prompt: Prompt
+) -> None:
+    tokens, owner = prompt(200, "Resubmitted."), SALTS.owner("acme")
+    first = await caching.run(Stage.WHOLE, body(tokens, 60), owner_salt=owner)
+    again = [*tokens, *first.tokens[:50]]
+    salt = SALTS.worker_salt("acme", None)
+    await caching.until(lambda: hashes(again, salt) <= told(caching), "its pages are told")
+    second = await caching.run(Stage.WHOLE, body(again, 10), owner_salt=owner)
+    assert second.first.cached_tokens == len(again) // BLOCK * BLOCK
+    assert second.tokens == first.tokens[50:]
+
+
+@pytest.mark.parametrize("guess", ["none", "same", "owner", "pages"])
+async def test_no_tenant_hits_anothers_pages_whatever_salt_its_body_names(
+    caching: Driver, prompt: Prompt, guess: str
+) -> None:
+    tokens = prompt(160, f"Secret of ann, {guess}.")
+    theirs = request_salt(SALTS.owner("ann"), None)
+    data = body(tokens, 2, cache_salt=theirs)
+    for cached in (0, 128):
+        own = await caching.run(Stage.WHOLE, data, owner_salt=SALTS.owner("ann"))
+        assert own.first.cached_tokens == cached
+    guesses = {
+        "none": None,
+        "same": theirs,
+        "owner": SALTS.owner("ann").hex(),
+        "pages": SALTS.worker_salt("ann", theirs),
+    }
+    spied = await caching.run(Stage.WHOLE, body(tokens, 2, cache_salt=guesses[guess]), owner_salt=SALTS.owner("eve"))
+    assert (spied.first.cached_tokens, spied.first.computed_tokens) == (0, 160)
+
+
+async def test_tenants_of_one_group_share_pages(caching: Driver, prompt: Prompt) -> None:
+    data = body(prompt(160, "Shared."), 2)
+    await caching.run(Stage.WHOLE, data, owner_salt=SALTS.owner("ann"))
+    shared = await caching.run(Stage.WHOLE, data, owner_salt=SALTS.owner("bob"))
+    assert shared.first.cached_tokens == 128
+
+
+async def test_evicted_pages_are_told_and_what_is_told_is_there(caching: Driver, prompt: Prompt) -> None:
+    first = prompt(640, "Page 0.")
+    await caching.run(Stage.WHOLE, body(first, 1))
+    filled = 0
+    while hashes(first) <= told(caching):
+        filled += 1
+        assert filled < 40, "the engine never evicts"
+        await caching.run(Stage.WHOLE, body(prompt(1500, f"Page {filled}."), 1))
+    assert len(told(caching)) <= caching.info.pages_total
+    kept = prompt(1500, f"Page {filled}.")
+    await caching.until(lambda: hashes(kept) <= told(caching), "the last prompt's pages are told")
+    again = await caching.run(Stage.WHOLE, body(kept, 1))
+    assert again.first.cached_tokens == 1500 // BLOCK * BLOCK
