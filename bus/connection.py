@@ -113,6 +113,14 @@ class Connection:
         finally:
             future.cancel()
 
+    async def send(self, subject: str, data: bytes, reply: str) -> None:
+        """A message whose answers go to ``reply``, a subscribed subject; lost while the server is away."""
+        try:
+            await self._now().publish(subject, data, reply=reply)
+        except (nats.errors.Error, OSError, BusUnavailable) as error:
+            self.counters.dropped_publishes += 1
+            self._log_error(error)
+
     async def round_trip_s(self, timeout_s: float = 2.0) -> float:
         """Send a message to ourselves.
 

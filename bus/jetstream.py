@@ -40,6 +40,8 @@ class StreamState(msgspec.Struct, frozen=True):
     last_seq: int
     deleted: list[int] = []
     """Gaps between the first and the last, if asked for."""
+    subjects: dict[str, int] | None = None
+    """Messages by subject, if asked for: a page of them."""
 
 
 class StoredRow(msgspec.Struct, frozen=True):
@@ -63,6 +65,8 @@ class Answer(msgspec.Struct, frozen=True):
     duplicate: bool = False
     success: bool = False
     num_pending: int = 0
+    total: int = 0
+    """Of what is given in pages."""
     delivered: Delivered | None = None
     config: Config = {}
     state: StreamState | None = None
@@ -123,6 +127,25 @@ class JetStream:
         if state is None or not state.messages:
             return (0 if state is None else state.last_seq), frozenset()
         return state.last_seq, frozenset(range(state.first_seq, state.last_seq + 1)).difference(state.deleted)
+
+    async def next_of(self, stream: str, subject: str, seq: int) -> StoredMessage | None:
+        """The first message of a subject with at least that sequence, None if there is none."""
+        return await self._direct_get(stream, msgspec.json.encode({"seq": seq, "next_by_subj": subject}))
+
+    async def purge(self, stream: str, subject: str) -> None:
+        """Delete every message of a subject, which may have wildcards."""
+        await self.call(f"STREAM.PURGE.{stream}", {"filter": subject})
+
+    async def subjects(self, stream: str, subject: str) -> list[str]:
+        """The subjects of a stream's messages that match ``subject``, in no order."""
+        found: list[str] = []
+        while True:
+            asked = {"subjects_filter": subject, "offset": len(found)}
+            answer = await self.call(f"STREAM.INFO.{stream}", asked)
+            page = list((answer.state.subjects or {}) if answer.state is not None else {})
+            found += page
+            if not page or len(found) >= answer.total:
+                return found
 
     async def delete(self, stream: str, seq: int) -> bool:
         """Delete a message; False if there is none of that sequence."""

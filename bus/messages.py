@@ -105,7 +105,7 @@ class Request(Message, frozen=True, kw_only=True):
 
 
 class Result(Message, frozen=True, kw_only=True):
-    """Record of a completion, written exactly once to ``llm.<deployment>.result.<tenant>.<request_id>``."""
+    """Record of a completion, written exactly once to ``llm.<deployment>.finished.<tenant>.<request_id>``."""
 
     request_id: str
     attempt: int

@@ -64,6 +64,15 @@ class NatsBus(Bus):
         connection.on_reconnect(self._doubt_followers)
 
     @property
+    def jetstream(self) -> JetStream:
+        """What files, batches and direct publishing are kept on."""
+        return self._api
+
+    @property
+    def connection(self) -> Connection:
+        return self._connection
+
+    @property
     def counters(self) -> BusCounters:
         """What went wrong on this connection so far."""
         return self._connection.counters

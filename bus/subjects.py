@@ -24,8 +24,16 @@ class Subjects:
         self.request_stream = f"{stem}_REQ"
         self.result_stream = f"{stem}_RESULT"
         self.bucket = f"{stem}_STATE"
+        self.file_bucket = f"{stem}_FILES"
+        self.batch_bucket = f"{stem}_BATCH"
+        self.line_stream = f"{stem}_LINES"
+        """Results of the lines of unfinished batches."""
+        self.published_stream = f"{stem}_OUT"
+        """Results for direct publishers."""
+        self.all_lines = f"{self.root}.line.>"
+        self.all_published = f"{self.root}.result.>"
         self.all_requests = f"{self.root}.req.>"
-        self.all_results = f"{self.root}.result.>"
+        self.all_results = f"{self.root}.finished.>"
         self.heartbeats = f"{self.root}.beat"
         self.events = f"{self.root}.event"
         """Workers to router: Accepted, Refused, HandedOff, Finished, Failed."""
@@ -47,7 +55,26 @@ class Subjects:
         return klass, tenant
 
     def result(self, tenant: str, request_id: str) -> str:
-        return f"{self.root}.result.{tenant}.{request_id}"
+        """Record of a completion."""
+        return f"{self.root}.finished.{tenant}.{request_id}"
+
+    def line(self, tenant: str, batch: str, number: int) -> str:
+        """Result of one line of a batch."""
+        return f"{self.root}.line.{tenant}.{batch}.{number}"
+
+    def lines(self, tenant: str, batch: str) -> str:
+        return f"{self.root}.line.{tenant}.{batch}.>"
+
+    def submit(self, tenant: str) -> str:
+        """Requests of a tenant's own publishers."""
+        return f"{self.root}.submit.{tenant}"
+
+    def submit_stream(self, tenant: str) -> str:
+        return f"LLM_{self.deployment}_SUBMIT_{tenant}"
+
+    def published(self, tenant: str, message_id: str) -> str:
+        """Result of a published request."""
+        return f"{self.root}.result.{tenant}.{message_id}"
 
     def work(self, worker: str) -> str:
         """Grants for one worker."""

@@ -20,7 +20,9 @@ from llmserve.bus.base import Bus, Subscription
 from llmserve.bus.cache_salt import CacheSalts
 from llmserve.bus.membership import Beater
 from llmserve.bus.messages import AnyMessage, Heartbeat, Role
+from llmserve.bus.nats import NatsBus
 from llmserve.gateway.access import Access
+from llmserve.gateway.batch_service import BatchService
 from llmserve.gateway.http_bounds import HttpBounds, bounded_protocol
 from llmserve.gateway.log import quiet_expected_failures
 from llmserve.gateway.metrics import GatewayMetrics
@@ -86,6 +88,7 @@ class Gateway:
             bus, member_id, self._metrics, manifest, read_manifest or (lambda: manifest), self._apply
         )
         self._tls = ServerTls(manifest.spec.gateway.tls) if manifest.spec.gateway.tls is not None else None
+        self._batches: BatchService | None = None
         self._watching: asyncio.Task[None] | None = None
         self._leaving = False
         self._vllm: VllmApp | None = None
@@ -155,6 +158,12 @@ class Gateway:
         self._beater.start()
         await self._spending.start()
         await self._reloader.start()
+        if isinstance(self._bus, NatsBus):
+            service = BatchService(
+                self._manifest, self._bus, self._member_id, self._vllm.app, self._access, self._metrics
+            )
+            await service.start()
+            self._batches = service
         if self._tls is not None:
             self._watching = asyncio.create_task(self._tls.watch())
         gateway = self._manifest.spec.gateway
@@ -198,6 +207,8 @@ class Gateway:
                 await asyncio.wait_for(self._served.wait(), self._drain_s + 2.0)
         if self._socket is not None:
             self._socket.close()
+        if self._batches is not None:
+            await self._batches.stop()
         if self._vllm is not None:
             await self._client.channel.stop()
             self._vllm.close()

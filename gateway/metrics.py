@@ -77,6 +77,23 @@ class GatewayMetrics:
         self.slow_clients = Counter(
             "llmserve_slow_clients", "Clients disconnected since they did not read", registry=registry
         )
+        self.batch_requests = Counter(
+            "llmserve_batch_requests",
+            "Requests of batches and direct publishers by outcome (ok, error; refused: to be tried again)",
+            ["tenant", "outcome"],
+            registry=registry,
+        )
+        self.batch_seconds = Histogram(
+            "llmserve_batch_request_duration_seconds",
+            "From the start of a batch's or publisher's request to its response",
+            tenant,
+            registry=registry,
+            buckets=_LATENCY_S,
+        )
+        self.batches = Counter("llmserve_batches", "Batches by their end", ["tenant", "status"], registry=registry)
+        self.batch_takeovers = Counter(
+            "llmserve_batch_takeovers", "Batches taken over from a gateway that is gone", registry=registry
+        )
         self.tokens = Counter(
             "llmserve_web_tokens",
             "Web tokens checked, by outcome (accepted, refused, no_tenant, issuer_away)",
