@@ -1,4 +1,4 @@
-"""Page movers: NIXL now; ``make_engine`` walks the manifest's ladder."""
+"""Page movers behind one interface: the same host's own, NIXL, UCX, and NCCL or gloo."""
 
 from __future__ import annotations
 
@@ -6,20 +6,13 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from llmserve.kvstore.transfer import nixl
-from llmserve.kvstore.transfer.base import TransferEngine, TransferError
+from llmserve.kvstore.transfer import collective, nixl, same_host, ucx
+from llmserve.kvstore.transfer.base import EngineOptions, TransferEngine, TransferError
 
 logger = logging.getLogger(__name__)
 
-_NOT_BUILT = "not built yet"
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """How to open an engine."""
-
-    gpu: bool
-    """The pages lie in GPU memory."""
+SAME_HOST = "same_host"
+"""Goes before all others, and is not named in ``transfer.engine_order``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,33 +21,42 @@ class _Rung:
     open: Callable[[EngineOptions], TransferEngine]
 
 
-def _open_nixl(options: EngineOptions) -> TransferEngine:
-    return nixl.NixlEngine(progress_thread=options.gpu)
+def _rungs(*, gpu: bool) -> dict[str, _Rung]:
+    return {
+        SAME_HOST: _Rung(same_host.available, same_host.SameHostEngine),
+        "nixl": _Rung(nixl.available, nixl.NixlEngine),
+        "ucx": _Rung(ucx.available, ucx.UcxEngine),
+        "nccl": _Rung(lambda: collective.available(gpu=gpu), collective.CollectiveEngine),
+    }
 
 
-def _rungs() -> dict[str, _Rung]:
-    return {"nixl": _Rung(nixl.available, _open_nixl)}
+def unavailable(name: str, *, gpu: bool = False) -> str | None:
+    """None, or why the engine of that name cannot be used here. May import its library."""
+    return _rungs(gpu=gpu)[name].available()
 
 
-def unavailable(name: str) -> str | None:
-    """None, or why the engine of that name cannot be used here."""
-    rung = _rungs().get(name)
-    return rung.available() if rung else _NOT_BUILT
+def open_engine(name: str, options: EngineOptions) -> TransferEngine:
+    """Raises ``TransferError`` with the reason if it cannot be used here."""
+    rung = _rungs(gpu=options.gpu is not None)[name]
+    if reason := rung.available():
+        raise TransferError(reason)
+    return rung.open(options)
 
 
-def make_engine(order: Sequence[str], options: EngineOptions) -> TransferEngine:
-    """The first engine of ``order`` that works here; each skipped one is logged with its reason.
+def open_ladder(order: Sequence[str], options: EngineOptions) -> tuple[list[TransferEngine], dict[str, str]]:
+    """(the engines that work here, the same host's own first; why each other one does not).
 
     Raises ``TransferError`` if none does.
     """
-    skipped: list[str] = []
-    for name in order:
-        reason = unavailable(name)
-        if reason is None:
-            try:
-                return _rungs()[name].open(options)
-            except TransferError as error:
-                reason = str(error)
-        logger.warning("transfer engine %s is skipped: %s", name, reason)
-        skipped.append(f"{name}: {reason}")
-    raise TransferError(f"transfer.engine_order {list(order)}: none is usable ({'; '.join(skipped)})")
+    engines: list[TransferEngine] = []
+    skipped: dict[str, str] = {}
+    for name in (SAME_HOST, *order):
+        try:
+            engines.append(open_engine(name, options))
+        except TransferError as error:
+            logger.warning("transfer engine %s is skipped: %s", name, error)
+            skipped[name] = str(error)
+    if not engines:
+        why = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise TransferError(f"transfer.engine_order {list(order)}: none is usable ({why})")
+    return engines, skipped

@@ -7,6 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
+VERSION = 1
+"""Of the engines' descriptions and of what they tell each other."""
+
 
 class TransferError(Exception):
     """Memory could not be registered, a peer not be reached, or a transfer not be started."""
@@ -14,6 +19,10 @@ class TransferError(Exception):
 
 class PeerGone(TransferError):
     """The peer does not answer any more; connect anew before the next transfer."""
+
+
+class FingerprintMismatch(TransferError):
+    """The peer's memory holds something else: nothing of it may be read."""
 
 
 class Progress(enum.Enum):
@@ -51,6 +60,30 @@ class Run:
     size_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How to open an engine."""
+
+    gpu: int | None = None
+    """Device index of the memory that pages lie in; None: the host's."""
+    fingerprint: str = ""
+    """Names what the registered memory holds; peers of another one are refused."""
+    host: str = "127.0.0.1"
+    """Address at which peers reach this end, for engines that connect over TCP."""
+    nixl_backend_policy: str = "auto"
+    ucx_rdma: bool = True
+
+
+class Description(msgspec.Struct, frozen=True, array_like=True):
+    """What an engine says of itself to its peers."""
+
+    version: int
+    engine: str
+    fingerprint: str
+    payload: bytes
+    """The engine's own."""
+
+
 class Handle(ABC):
     """A transfer under way; belongs to the engine that made it."""
 
@@ -61,19 +94,41 @@ class TransferEngine(ABC):
     """One transport, for one thread of one process. Nothing here blocks for longer than a connection set-up."""
 
     name: str
-    """As in the manifest's ``transfer.engine_order``."""
+    """As in the manifest's ``transfer.engine_order``, and ``same_host`` or ``gloo``."""
+    fingerprint: str = ""
+    watched_while_idle: bool = False
+    """``notifications`` has to be called now and then although nothing is under way, for peers to make progress."""
 
     @abstractmethod
     def register(self, regions: Sequence[Region]) -> None:
         """Make memory reachable for peers that connect later. Raises ``TransferError``."""
 
-    @abstractmethod
     def describe(self) -> bytes:
         """What a peer needs to connect: the address of this end and all memory registered so far."""
+        return msgspec.msgpack.encode(Description(VERSION, self.name, self.fingerprint, self._describe()))
+
+    def connect(self, description: bytes) -> str:
+        """Name of the peer that described itself so; again after it was forgotten.
+
+        Raises ``TransferError``, and ``FingerprintMismatch`` before anything is sent.
+        """
+        try:
+            said = msgspec.msgpack.decode(description, type=Description)
+        except msgspec.MsgspecError as error:
+            raise TransferError(f"{self.name}: not a description: {error}") from error
+        if (said.version, said.engine) != (VERSION, self.name):
+            raise TransferError(
+                f"the peer is {said.engine} version {said.version}, this end {self.name} version {VERSION}"
+            )
+        if said.fingerprint != self.fingerprint:
+            raise FingerprintMismatch(f"the peer holds {said.fingerprint!r}, this end {self.fingerprint!r}")
+        return self._connect(said.payload)
 
     @abstractmethod
-    def connect(self, description: bytes) -> str:
-        """Name of the peer that described itself so; again after it was forgotten. Raises ``TransferError``."""
+    def _describe(self) -> bytes: ...
+
+    @abstractmethod
+    def _connect(self, payload: bytes) -> str: ...
 
     @abstractmethod
     def forget(self, peer: str) -> None:
@@ -103,6 +158,25 @@ class TransferEngine(ABC):
     @abstractmethod
     def notifications(self) -> list[bytes]:
         """Messages from peers since the last call; also drives transports without a thread of their own."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether peers wait for this end: ``notifications`` should be called often."""
+        return False
+
+    def order_after(self, mark: object) -> None:  # noqa: B027
+        """The next pull begins on the device only after what ``mark``, of the owner's device, stands for."""
+
+    def settle(self, mark: object) -> None:  # noqa: B027
+        """Wait until what ``mark`` stands for has happened."""
+
+    def reachable(self, peer: str) -> bool:
+        """False: the peer is gone for certain and writes nothing more."""
+        return True
+
+    def wake_fds(self) -> Sequence[int]:
+        """File descriptors that become readable when ``notifications`` has something to do; may change with it."""
+        return ()
 
     @abstractmethod
     def close(self) -> None:

@@ -16,12 +16,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from llmserve.kvstore.transfer import EngineOptions, make_engine
-from llmserve.kvstore.transfer.base import Place, Region
+from llmserve.kvstore.transfer.base import EngineOptions, Place, Region
 from llmserve.kvstore.transfer.pacing import TokenBucket
 from llmserve.workers.connector import layout
 from llmserve.workers.connector.leases import LeaseTable
 from llmserve.workers.connector.meta import RankMeta, StepMeta, TransferStats
+from llmserve.workers.connector.movers import LadderOptions, device_mark, open_mover
 from llmserve.workers.connector.scheduler import SchedulerSettings, SchedulerSide
 from llmserve.workers.connector.wire import RankPages, encode, rank_key
 from llmserve.workers.connector.worker import WorkerSide
@@ -44,8 +44,9 @@ _BURST_S = 0.1
 class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vLLM is untyped
     """Hands KV pages from a prefill engine to a decode engine; see ``docs/handoff.md``.
 
-    ``kv_connector_extra_config``: ``lease_s``, ``timeout_s``, ``engine_order``, ``model_id``, ``io_bytes_s`` (None is
-    no bound) and ``held_poll_s``, the pause between polls of an engine that only holds pages.
+    ``kv_connector_extra_config``: ``lease_s``, ``timeout_s``, ``engine_order``, ``nixl_backend_policy``,
+    ``ucx_rdma``, ``host`` (where peers reach this end), ``model_id``, ``io_bytes_s`` (None is no bound) and
+    ``held_poll_s``, the pause between polls of an engine that only holds pages.
     """
 
     _cache_hit_source = CacheHitSource.P2P
@@ -58,6 +59,8 @@ class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         self._rank_meta: RankMeta | None = None
         self.page_bytes = 0
         """Of this rank, over all its layers; known once the caches are registered."""
+        self.transports = ""
+        """The transfer engines of this rank, and why others are not there."""
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(self._settings())
 
@@ -153,24 +156,34 @@ class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         sample = kv_caches[names[0][0]]
         on_cpu = sample.device.type == "cpu"
         place = Place(None if on_cpu else sample.device.index or 0)
-        engine = make_engine(self._extra["engine_order"], EngineOptions(gpu=not on_cpu))
+        kind = layout.fingerprint(self._vllm_config, self._extra["model_id"], sample.shape[1:], on_cpu=on_cpu)
         table, fence = LeaseTable(config.num_blocks), WorkerSide.fence_table()
-        engine.register(layout.regions_of({n: kv_caches[n] for layers in names for n in layers}, place))
-        engine.register([Region(t.address, t.size_bytes, Place()) for t in (table, fence)])
+        regions = layout.regions_of({n: kv_caches[n] for layers in names for n in layers}, place)
+        regions += [Region(t.address, t.size_bytes, Place()) for t in (table, fence)]
+        mover, self.transports = open_mover(self._ladder(place, kind), regions, self._bucket())
         self._worker = WorkerSide(
-            engine,
+            mover,
             strips=strips,
             place=place,
             table=table,
             fence=fence,
             rank=rank_key(get_pp_group().rank_in_group, get_tensor_model_parallel_rank()),
             timeout_s=self._extra["timeout_s"],
-            bucket=self._bucket(),
+            mark=device_mark(place),
         )
         tuples = [[(s.base, s.stride_bytes, s.page_bytes) for s in layers] for layers in strips]
-        pages = RankPages(engine.name, engine.describe(), place.gpu, tuples, table.address)
-        kind = layout.fingerprint(self._vllm_config, self._extra["model_id"], sample.shape[1:], on_cpu=on_cpu)
-        self._rank_meta = RankMeta(kind, encode(pages))
+        self._rank_meta = RankMeta(kind, encode(RankPages(mover.ends, place.gpu, tuples, table.address)))
+
+    def _ladder(self, place: Place, kind: str) -> LadderOptions:
+        extra = self._extra
+        options = EngineOptions(
+            gpu=place.gpu,
+            fingerprint=kind,
+            host=extra["host"],
+            nixl_backend_policy=extra["nixl_backend_policy"],
+            ucx_rdma=extra["ucx_rdma"],
+        )
+        return LadderOptions(tuple(extra["engine_order"]), options)
 
     def _bucket(self) -> TokenBucket:
         rate = self._extra.get("io_bytes_s") or math.inf

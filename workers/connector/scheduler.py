@@ -239,4 +239,9 @@ def lease_over(lease_s: float, age_s: float) -> bool:
 
     The fence alone decides what is valid; this spares transfers that it would most likely refuse.
     """
-    return age_s > lease_s - min(1.0, lease_s / 10)
+    return lease_ends_s(lease_s, 0.0) < age_s
+
+
+def lease_ends_s(lease_s: float, begun_s: float) -> float:
+    """Until when a read may begin."""
+    return begun_s + lease_s - min(1.0, lease_s / 10)

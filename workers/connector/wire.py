@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-VERSION = 1
+from llmserve.kvstore.transfer.mover import Ends
+
+VERSION = 2
 
 HOLD = "llmserve_hold"
 """Key of ``kv_transfer_params``: true asks a producer to hold the pages of the prompt when it is done."""
@@ -23,10 +25,8 @@ class WireError(ValueError):
 class RankPages(msgspec.Struct, frozen=True, array_like=True):
     """Where one rank of a producer keeps its pages."""
 
-    transport: str
-    """Name of the transfer engine."""
-    peer: bytes
-    """Its description of itself."""
+    ends: Ends
+    """Its transfer engines."""
     gpu: int | None
     """Device index of the pages' memory, None for host memory."""
     strips: list[list[tuple[int, int, int]]]

@@ -42,19 +42,21 @@ def make_engine(
     """The engine of one replica, not started. May take seconds: the packaged model is converted at its first use.
 
     ``engines_here`` share this machine's cores, all of the manifest's by default. ``host`` is where engines of other
-    processes reach this one, if it is simulated. ``gpus`` are the engine's, all that the process sees by default.
+    processes reach this one. ``gpus`` are the engine's, all that the process sees by default.
     Raises ``EngineError``.
     """
     try:
         if manifest.spec.engine.kind == "simulated":
             return _simulated(manifest, host)
         sharing = engines_here or prefill_engines(manifest) + decode_engines(manifest)
-        return _vllm(manifest, Role(role), mode, sharing, gpus)
+        return _vllm(manifest, Role(role), mode, sharing, host, gpus)
     except ModelError as error:
         raise EngineError(str(error)) from error
 
 
-def _vllm(manifest: Manifest, role: Role, mode: EngineMode, engines_here: int, gpus: tuple[str, ...]) -> Engine:
+def _vllm(
+    manifest: Manifest, role: Role, mode: EngineMode, engines_here: int, host: str, gpus: tuple[str, ...]
+) -> Engine:
     from llmserve.workers.engine.vllm import VllmEngine
     from llmserve.workers.engine.vllm_config import VllmOptions
 
@@ -73,6 +75,7 @@ def _vllm(manifest: Manifest, role: Role, mode: EngineMode, engines_here: int, g
         block_tokens=_block_tokens(manifest, files, on),
         draft_path=resolve_model(draft.id).path if draft is not None and draft.enabled else None,
         kv_bytes=engine_kv_space_bytes(manifest, on),
+        host=host,
         io_share=1 / decode_engines(manifest),
         gpus=gpus if on == "cuda" else (),
     )

@@ -46,6 +46,8 @@ class VllmOptions:
     """KV space over all ranks, if a budget allows less than the manifest's ``engine.kv_space_gb``."""
     events_folder: str = ""
     """A private folder for the socket on which an engine process publishes its KV events."""
+    host: str = "127.0.0.1"
+    """Where engines of other processes reach this one."""
     io_share: float = 1.0
     """Part of ``budgets.max_kv_io_gbps`` that this engine may use."""
     gpus: tuple[str, ...] = ()
@@ -163,6 +165,9 @@ def _kv_transfer(manifest: Manifest, role: Role, options: VllmOptions, engine_id
             "lease_s": transfer.lease_s,
             "timeout_s": transfer.timeout_s,
             "engine_order": list(transfer.engine_order),
+            "nixl_backend_policy": transfer.nixl.backend_policy,
+            "ucx_rdma": transfer.ucx is None or transfer.ucx.rdma,
+            "host": options.host,
             "model_id": _models(manifest),
             "io_bytes_s": io_gbps * 1e9 / 8 * options.io_share / _ranks(manifest) if io_gbps else None,
             # A thread of this process waits on its queue instead.
@@ -188,6 +193,9 @@ def environment(manifest: Manifest, options: VllmOptions) -> tuple[dict[str, str
     if _ranks(manifest) == 1 and options.device == "cpu":
         # Otherwise vLLM puts the only rank in a process of its own on CPUs.
         forced["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    nccl = manifest.spec.transfer.nccl
+    if nccl is not None and not nccl.p2p:
+        forced["NCCL_P2P_DISABLE"] = "1"
     if options.model_local:
         forced["HF_HUB_OFFLINE"] = "1"
     if options.device == "cpu":

@@ -1,0 +1,84 @@
+"""A GPU kernel that copies pieces of memory given by addresses; imports Triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy
+import torch
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+UNIT_BYTES = 64 << 10
+"""What one block of threads copies; larger pieces are cut."""
+_WIDE = 8
+_ALIGNED = 16
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _copy_kernel(table, units, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    unit = tl.program_id(0)
+    source = tl.load(table + unit)
+    target = tl.load(table + units + unit)
+    size = tl.load(table + 2 * units + unit)
+    if WIDE:
+        here = tl.multiple_of(source, 16).to(tl.pointer_type(tl.int64))
+        there = tl.multiple_of(target, 16).to(tl.pointer_type(tl.int64))
+        count = size // 8
+        for at in range(0, count, BLOCK):
+            offsets = at + tl.arange(0, BLOCK)
+            tl.store(there + offsets, tl.load(here + offsets, mask=offsets < count), mask=offsets < count)
+    else:
+        here = source.to(tl.pointer_type(tl.int8))
+        there = target.to(tl.pointer_type(tl.int8))
+        for at in range(0, size, BLOCK):
+            offsets = at + tl.arange(0, BLOCK)
+            tl.store(there + offsets, tl.load(here + offsets, mask=offsets < size), mask=offsets < size)
+
+
+@dataclass(slots=True)
+class Launched:
+    """A copy under way."""
+
+    event: torch.cuda.Event
+    table: torch.Tensor
+    """Kept until the kernel has read it."""
+
+
+def launch(
+    source: NDArray[numpy.uint64],
+    target: NDArray[numpy.uint64],
+    sizes: NDArray[numpy.uint64],
+    stream: torch.cuda.Stream,
+) -> Launched:
+    """Copy piece by piece, on ``stream``, whose device is the current one. Sizes in bytes."""
+    if len(sizes) and int(sizes.max()) > UNIT_BYTES:
+        source, target, sizes = _cut(source, target, sizes)
+    units = len(sizes)
+    table = torch.empty((3, units), dtype=torch.int64, pin_memory=True)
+    rows = table.numpy()
+    rows[0], rows[1], rows[2] = source, target, sizes
+    wide = not int(numpy.bitwise_or.reduce(rows, axis=None)) % _ALIGNED
+    with torch.cuda.stream(stream):
+        there = table.to("cuda", non_blocking=True)
+        if units:
+            _copy_kernel[(units,)](there, units, WIDE=wide, BLOCK=2048, num_warps=8)
+        event = torch.cuda.Event()
+        event.record(stream)
+    return Launched(event, there)
+
+
+def _cut(
+    source: NDArray[numpy.uint64], target: NDArray[numpy.uint64], sizes: NDArray[numpy.uint64]
+) -> tuple[NDArray[numpy.uint64], NDArray[numpy.uint64], NDArray[numpy.uint64]]:
+    signed = sizes.astype(numpy.int64)
+    counts = -(-signed // UNIT_BYTES)
+    first = numpy.repeat(numpy.cumsum(counts) - counts, counts)
+    offsets = (numpy.arange(int(counts.sum())) - first) * UNIT_BYTES
+    parts = numpy.minimum(numpy.repeat(signed, counts) - offsets, UNIT_BYTES)
+    shift = offsets.astype(numpy.uint64)
+    return numpy.repeat(source, counts) + shift, numpy.repeat(target, counts) + shift, parts.astype(numpy.uint64)
