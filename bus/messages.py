@@ -259,6 +259,8 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     """Prompt tokens that the engine computes a second, as measured of late; 0: not known."""
     load_tokens_s: dict[str, float] = {}
     """Prompt tokens that it loads a second from a ``Tier``, as measured of late."""
+    transports: str = ""
+    """Engines that move its pages, and why others do not: for people."""
 
 
 # -- where KV pages are -------------------------------------------------------------------------------------------

@@ -8,10 +8,12 @@ import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 _LIBRARIES = {"nixl": ("nixl",), "ucxx": ("ucxx", "ucxx-cu13", "ucxx-cu12"), "torch": ("torch",)}
 """Module, and the distributions that may bring it."""
 _SMI_TIMEOUT_S = 10.0
+_RDMA = Path("/sys/class/infiniband")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,8 @@ class Machine:
     gpus: tuple[Gpu, ...] = ()
     libraries: Mapping[str, str] = field(default_factory=dict)
     """Version of each library that is installed; of ``nixl``, ``ucxx`` and ``torch``."""
+    rdma: tuple[str, ...] = ()
+    """Names of RDMA devices."""
     gpu_note: str = ""
     """Why the GPUs could not be listed, if they could not."""
 
@@ -44,6 +48,7 @@ def probe_machine() -> Machine:
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpus=gpus,
         libraries={name: version for name in _LIBRARIES if (version := _version(name))},
+        rdma=_rdma_devices(),
         gpu_note=note,
     )
 
@@ -63,6 +68,10 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
         return (), ""
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         return (), f"nvidia-smi: {' '.join(str(error).split())}"
+
+
+def _rdma_devices() -> tuple[str, ...]:
+    return tuple(sorted(device.name for device in _RDMA.iterdir())) if _RDMA.is_dir() else ()
 
 
 def _version(module: str) -> str:

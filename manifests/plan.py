@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llmserve.manifests.machine import Machine
 from llmserve.manifests.models import ModelShape
-from llmserve.manifests.schema import Manifest
+from llmserve.manifests.schema import Manifest, Spec
 from llmserve.manifests.sizes import (
     GB,
     KB,
@@ -236,18 +236,30 @@ def _ladder(manifest: Manifest, machine: Machine) -> tuple[Rung, ...]:
         simulated = spec.engine.simulated
         rate = f"{simulated.transfer_gbps:g} Gbit/s" if simulated is not None else "the default rate"
         return (Rung("simulated", True, f"takes the time that {rate} would"),)
-    return tuple(_rung(name, machine) for name in spec.transfer.engine_order)
+    same_host = Rung("same_host", True, "first where both ends are on one host")
+    return (same_host, *(_rung(name, spec, machine) for name in spec.transfer.engine_order))
 
 
-def _rung(name: str, machine: Machine) -> Rung:
-    if name != "nixl":
-        library = {"ucx": "ucxx", "nccl": "torch"}[name]
-        here = (
-            f"{library} {machine.libraries[library]}" if library in machine.libraries else f"{library} not installed"
+def _rung(name: str, spec: Spec, machine: Machine) -> Rung:
+    library = {"nixl": "nixl", "ucx": "ucxx", "nccl": "torch"}[name]
+    version = machine.libraries.get(library)
+    if version is None:
+        return Rung(name, False, f"the package {library} is not installed")
+    return Rung(name, True, f"{library} {version}{_rung_note(name, spec, machine)}")
+
+
+def _rung_note(name: str, spec: Spec, machine: Machine) -> str:
+    transfer = spec.transfer
+    if name == "nixl":
+        return "" if transfer.nixl.backend_policy == "auto" else f", backend {transfer.nixl.backend_policy} only"
+    if name == "ucx":
+        forbidden = transfer.ucx is not None and not transfer.ucx.rdma
+        return (
+            ", RDMA forbidden" if forbidden else "" if machine.rdma else ", no RDMA device here: TCP, shared memory"
         )
-        return Rung(name, False, f"not built yet ({here})")
-    version = machine.libraries.get("nixl")
-    return Rung(name, bool(version), f"nixl {version}" if version else "the package nixl is not installed")
+    if not machine.gpus:
+        return ", gloo: no GPU here"
+    return ", without copies between GPUs" if transfer.nccl is not None and not transfer.nccl.p2p else ""
 
 
 def _warnings(

@@ -52,16 +52,5 @@ def _found(spec: Spec) -> Iterator[tuple[FieldPath, str, str]]:
         yield (*at, "eviction"), shown({}), _NO_TIERS
     for index, storage in enumerate(spec.storageClasses):
         yield ("spec", "storageClasses", index), storage.name, _NO_TIERS
-    yield from _transfer(spec)
     if spec.deployment.mode == "k8s":
         yield ("spec", "deployment", "mode"), "k8s", "only local, and docker-compose.yml"
-
-
-def _transfer(spec: Spec) -> Iterator[tuple[FieldPath, str, str]]:
-    transfer, at = spec.transfer, ("spec", "transfer")
-    for name, options in (("ucx", transfer.ucx), ("nccl", transfer.nccl)):
-        if options is not None:
-            yield (*at, name), shown({}), f"the transfer engine {name} is not built yet; the ladder skips it"
-    moves_pages = spec.deployment.replicas.prefill > 0 and spec.engine.kind == "vllm"
-    if moves_pages and "nixl" not in transfer.engine_order:
-        yield (*at, "engine_order"), ", ".join(transfer.engine_order), "of these engines none is built yet; add nixl"

@@ -101,6 +101,7 @@ class WorkerState:
             leaving=leaving,
             api=info.api,
             fingerprint=info.fingerprint,
+            transports=info.transports,
             slots=info.slots,
             prefill_tokens=self.prefill_tokens,
             pages_total=info.pages_total,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmserve.kvstore.transfer.base import EngineOptions, TransferError
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 _TAG_BITS = 32
 _NO_RDMA = "^ib"
 """UCX's alias for all transports over InfiniBand and RoCE."""
-_RDMA_DEVICES = Path("/sys/class/infiniband")
 
 
 def available() -> str | None:
@@ -34,11 +32,6 @@ def available() -> str | None:
     except (ImportError, OSError) as error:
         return f"package ucxx cannot be loaded: {error}"
     return None
-
-
-def rdma_devices() -> list[str]:
-    """Of this machine."""
-    return sorted(device.name for device in _RDMA_DEVICES.iterdir()) if _RDMA_DEVICES.is_dir() else []
 
 
 class _UcxOp(Op):

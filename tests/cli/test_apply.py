@@ -49,9 +49,9 @@ def test_the_example_shows_its_plan_then_each_missing_feature(
     monkeypatch.delenv("API_KEY", raising=False)
     code, out, err = _apply(capsys, SHIPPED / "llmserve.yaml")
     assert code == 2
-    assert "ucx   not available  not built yet" in out
+    assert "transfer engines, in order" in out
     assert "environment variable API_KEY is not set (spec.security.api_keys[0])" in out
-    assert len(err.splitlines()) == 9
+    assert len(err.splitlines()) == 7
     assert all(line.startswith("not supported yet: spec.") for line in err.splitlines())
 
 

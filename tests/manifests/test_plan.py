@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -114,7 +116,7 @@ def test_the_plan_of_the_local_manifest() -> None:
     assert plan.pages == 182
     assert plan.max_model_len == 2048
     assert plan.memory_bytes == 3 * 600 * 2**20 + 2 * (269_000_000 + GB // 2)
-    assert [(rung.engine, rung.available) for rung in plan.ladder] == [("nixl", True)]
+    assert [(rung.engine, rung.available) for rung in plan.ladder] == [("same_host", True), ("nixl", True)]
     assert plan.warnings == ()
 
 
@@ -126,10 +128,10 @@ def test_the_plan_of_the_example() -> None:
     assert plan.roles[3].weight_bytes is None, "the draft model is not here"
     assert plan.block is not None
     assert (plan.block.tokens, plan.block.actual_kb) == (16, 1024)
-    assert [(rung.engine, rung.available) for rung in plan.ladder] == [
-        ("nixl", True),
-        ("ucx", False),
-        ("nccl", False),
+    assert [(rung.engine, rung.available, rung.note) for rung in plan.ladder[1:]] == [
+        ("nixl", True, "nixl 1.5.1"),
+        ("ucx", False, "the package ucxx is not installed"),
+        ("nccl", False, "the package torch is not installed"),
     ]
 
 
@@ -140,8 +142,24 @@ def test_without_prefill_replicas_one_role_does_both_and_no_pages_move() -> None
 
 
 def test_a_missing_library_is_the_reason_of_its_rung() -> None:
-    (rung,) = make_plan(manifest(), TWO_GPUS, SMOLLM2).ladder
+    rung = make_plan(manifest(), TWO_GPUS, SMOLLM2).ladder[1]
     assert (rung.available, rung.note) == (False, "the package nixl is not installed")
+
+
+def test_options_of_transfer_engines_show_in_the_plan() -> None:
+    options = "nixl: {backend_policy: ucx}, ucx: {rdma: false}, nccl: {p2p: false}"
+    text = f"transfer: {{engine_order: [nixl, ucx, nccl], {options}}}"
+    libraries = {"nixl": "1", "ucxx": "2", "torch": "3"}
+    bare = make_plan(manifest(text), replace(LAPTOP, libraries=libraries), SMOLLM2)
+    assert [rung.note for rung in bare.ladder[1:]] == [
+        "nixl 1, backend ucx only",
+        "ucxx 2, RDMA forbidden",
+        "torch 3, gloo: no GPU here",
+    ]
+    plain = make_plan(manifest("transfer: {engine_order: [ucx]}"), replace(LAPTOP, libraries=libraries), SMOLLM2)
+    assert plain.ladder[1].note == "ucxx 2, no RDMA device here: TCP, shared memory"
+    there = make_plan(manifest(text), replace(TWO_GPUS, libraries=libraries, rdma=("mlx5_0",)), SMOLLM2)
+    assert there.ladder[3].note == "torch 3, without copies between GPUs"
 
 
 _GPUS = "deployment: {resources: {prefill_gpu: 1, decode_gpu: 1}}"

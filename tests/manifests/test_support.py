@@ -19,8 +19,6 @@ def test_each_such_field_of_the_example_is_named_with_its_value() -> None:
         ("spec.kv_cache.eviction", "a mapping"),
         ("spec.storageClasses[0]", "fast-nvme"),
         ("spec.storageClasses[1]", "object-s3"),
-        ("spec.transfer.ucx", "a mapping"),
-        ("spec.transfer.nccl", "a mapping"),
         ("spec.deployment.mode", "k8s"),
     ]
 
@@ -37,10 +35,3 @@ def test_a_start_is_refused_with_one_line_for_each() -> None:
         "not supported yet: spec.kv_cache.disk_dtype: raw",
         "not supported yet: spec.deployment.mode: k8s",
     ]
-
-
-def test_a_ladder_without_any_engine_that_is_built_is_refused_only_if_pages_move() -> None:
-    order = "transfer: {engine_order: [ucx]}"
-    assert [item.path for item in unsupported(manifest(order))] == ["spec.transfer.engine_order"]
-    assert not unsupported(manifest(f"{order}, deployment: {{replicas: {{prefill: 0}}}}"))
-    assert not unsupported(manifest(f"{order}, engine: {{kind: simulated}}"))

@@ -6,8 +6,8 @@ from __future__ import annotations
 class WorkerExtension:
     """What an engine's front has to know of its pages and can only be learnt in the worker."""
 
-    def llmserve_pages(self) -> tuple[str, int]:
-        """(fingerprint, bytes of one page on this rank); the fingerprint is empty without a connector."""
+    def llmserve_pages(self) -> tuple[str, int, str]:
+        """(fingerprint, bytes of one page on this rank, its transfer engines): no texts without a connector."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
         from llmserve.workers.connector.connector import LLMServeConnector
@@ -15,6 +15,6 @@ class WorkerExtension:
         if has_kv_transfer_group():
             connector = get_kv_transfer_group()
             assert isinstance(connector, LLMServeConnector)
-            return connector.fingerprint, connector.page_bytes
+            return connector.fingerprint, connector.page_bytes, connector.transports
         config = self.model_runner.kv_cache_config  # type: ignore[attr-defined]
-        return "", sum(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
+        return "", sum(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks, ""

@@ -34,6 +34,8 @@ class EngineInfo:
     page_tokens: int
     page_bytes: int
     """Of one page over all layers and ranks."""
+    transports: str = ""
+    """Engines that move pages, and why others do not: for people."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,4 +227,5 @@ def _info(config: VllmConfig, pages: Pages) -> EngineInfo:
         pages_total=pages.total,
         page_tokens=pages.tokens,
         page_bytes=pages.size_bytes,
+        transports=pages.transports,
     )

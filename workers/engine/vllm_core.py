@@ -26,6 +26,8 @@ class Pages:
     size_bytes: int
     """Of one page over all layers and ranks."""
     fingerprint: str
+    transports: str = ""
+    """See ``EngineInfo.transports``."""
 
 
 class Core(ABC):
@@ -46,9 +48,10 @@ class Core(ABC):
         """End it within seconds; never raises."""
 
 
-def pages_of(blocks: int, block_tokens: int, ranks: list[tuple[str, int]]) -> Pages:
+def pages_of(blocks: int, block_tokens: int, ranks: list[tuple[str, int, str]]) -> Pages:
     """From the answers of all ranks to ``llmserve_pages``."""
-    return Pages(blocks - 1, block_tokens, sum(size for _, size in ranks), ranks[0][0])
+    fingerprint, _, transports = ranks[0]
+    return Pages(blocks - 1, block_tokens, sum(size for _, size, _ in ranks), fingerprint, transports)
 
 
 def refused(core_id: str) -> EngineCoreOutputs:

@@ -59,8 +59,8 @@ class ProcessCore(Core):
         ]
         if self._events is not None:
             self._tasks.append(asyncio.create_task(self._hear(self._events, sink), name="engine-core-kv-events"))
-        pairs = [(str(fingerprint), int(size)) for fingerprint, size in ranks]
-        return pages_of(cache.num_gpu_blocks or 0, cache.block_size, pairs)
+        said = [(str(fingerprint), int(size), str(engines)) for fingerprint, size, engines in ranks]
+        return pages_of(cache.num_gpu_blocks or 0, cache.block_size, said)
 
     def _subscribe(self) -> zmq.asyncio.Socket | None:
         """Listen before the engine starts: its events are published once."""

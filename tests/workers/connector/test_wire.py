@@ -27,8 +27,8 @@ def test_a_handoff_survives_the_wire() -> None:
 
 
 def test_another_version_is_refused() -> None:
-    with pytest.raises(WireError, match="version 2"):
-        decode_handoff(encode(msgspec.structs.replace(HANDOFF, v=2)))
+    with pytest.raises(WireError, match="version 3"):
+        decode_handoff(encode(msgspec.structs.replace(HANDOFF, v=3)))
 
 
 @pytest.mark.parametrize("data", [b"", b"nonsense", b"\x90"])
