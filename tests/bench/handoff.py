@@ -1,0 +1,238 @@
+"""A prompt's pages from one vLLM engine to another on one GPU, by our connector and by vLLM's own.
+
+Two processes with a model of Llama-3.1-8B's shape and made-up weights share the GPU. The decode engine steps all the
+time, as a busy one does. Writes ``build/bench/handoff.json``. ``--tiny`` is for a try on any GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing as mp
+import os
+import statistics
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+NEW_TOKENS = 16
+REPEATS = 4
+"""The first one connects and is not counted."""
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "tie_word_embeddings": False,
+}
+TINY = LLAMA | {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 4}
+
+
+def transfer_config(kind: str, *, producer: bool) -> dict[str, Any]:
+    role = "kv_producer" if producer else "kv_consumer"
+    if kind == "nixl_connector":
+        return {"kv_connector": "NixlConnector", "kv_role": role, "engine_id": role}
+    return {
+        "kv_connector": "LLMServeConnector",
+        "kv_connector_module_path": "llmserve.workers.connector.connector",
+        "kv_role": role,
+        "kv_load_failure_policy": "recompute",
+        "engine_id": f"{role}-{time.time_ns()}",
+        "kv_connector_extra_config": {
+            "lease_s": 60.0,
+            "timeout_s": 20.0,
+            "engine_order": ["nixl"],
+            "nixl_backend_policy": "auto",
+            "ucx_rdma": True,
+            "host": "127.0.0.1",
+            "model_id": "bench",
+            "io_bytes_s": None,
+            "held_poll_s": 0.0,
+        },
+    }
+
+
+def params_of(kind: str) -> dict[str, Any]:
+    if kind == "nixl_connector":
+        return {"do_remote_decode": True, "do_remote_prefill": False}
+    return {"llmserve_hold": True}
+
+
+class Engine:
+    """One vLLM engine, stepped by hand."""
+
+    def __init__(self, kind: str, model: str, lengths: list[int], *, producer: bool) -> None:
+        os.environ.update(
+            VLLM_ENABLE_V1_MULTIPROCESSING="0",
+            VLLM_NIXL_SIDE_CHANNEL_HOST="127.0.0.1",
+            VLLM_NIXL_SIDE_CHANNEL_PORT="5600" if producer else "5610",
+        )
+        from vllm.config import KVTransferConfig
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        arguments = EngineArgs(
+            model=model,
+            skip_tokenizer_init=True,
+            load_format="dummy",
+            dtype="bfloat16",
+            max_model_len=max(lengths) + 64,
+            max_num_seqs=8,
+            max_num_batched_tokens=8192,
+            enable_prefix_caching=False,
+            gpu_memory_utilization=0.45,
+            kv_cache_memory_bytes=10 << 30,
+            disable_log_stats=True,
+            cudagraph_capture_sizes=[1, 2, 4],
+            kv_transfer_config=KVTransferConfig(**transfer_config(kind, producer=producer)),
+        )
+        self.engine = LLMEngine.from_engine_args(arguments)
+
+    def run(self, name: str, prompt: list[int], tokens: int, params: dict[str, Any] | None) -> dict[str, Any]:
+        """Times are of the monotonic clock, which processes of one machine share."""
+        from vllm import SamplingParams
+
+        extra = {"kv_transfer_params": params} if params else None
+        sampling = SamplingParams(
+            temperature=0.0, max_tokens=tokens, ignore_eos=True, extra_args=extra, detokenize=False
+        )
+        begun_s = time.monotonic()
+        self.engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+        times: list[float] = []
+        seen = 0
+        while True:
+            for output in self.engine.step():
+                if output.request_id.startswith(name) and len(output.outputs[0].token_ids) > seen:
+                    seen = len(output.outputs[0].token_ids)
+                    times.append(time.monotonic())
+                if output.finished:
+                    ids = list(output.outputs[0].token_ids)
+                    return {"begun": begun_s, "times": times, "tokens": ids, "params": output.kv_transfer_params}
+
+    def serve(self, pipe: Connection) -> None:
+        pipe.send("ready")
+        while True:
+            while not pipe.poll(0):
+                self.engine.engine_core.get_output()
+                time.sleep(0.0002)
+            order = pipe.recv()
+            if order is None:
+                return
+            pipe.send(self.run(*order))
+
+
+def child(kind: str, model: str, lengths: list[int], producer: bool, pipe: Connection) -> None:
+    logging.basicConfig(level=logging.INFO)
+    try:
+        Engine(kind, model, lengths, producer=producer).serve(pipe)
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exc()
+        pipe.send(repr(error))
+        raise
+
+
+def ask(pipe: Connection, *order: Any) -> dict[str, Any]:
+    pipe.send(order)
+    answer = pipe.recv()
+    assert isinstance(answer, dict), answer
+    return answer
+
+
+def prompt_of(tokens: int, vocabulary: int) -> list[int]:
+    return [2 + (7919 * i * i + 104729 * i) % (vocabulary - 2) for i in range(tokens)]
+
+
+def handoffs(kind: str, model: str, config: dict[str, Any], lengths: list[int]) -> dict[str, float]:
+    context = mp.get_context("spawn")
+    figures: dict[str, float] = {}
+    ends = [context.Pipe() for _ in range(2)]
+    children = [
+        context.Process(target=child, args=(kind, model, lengths, producer, theirs), daemon=True)
+        for producer, (_, theirs) in zip((True, False), ends, strict=True)
+    ]
+    prefill, decode = (mine for mine, _ in ends)
+    for process, pipe in zip(children, (prefill, decode), strict=True):
+        process.start()
+        # One after the other: vLLM measures what memory is free.
+        assert (said := pipe.recv()) == "ready", said
+    try:
+        for tokens in lengths:
+            prompt = prompt_of(tokens, config["vocab_size"])
+            whole = [ask(decode, f"w{tokens}-{i}", prompt, NEW_TOKENS, None) for i in range(2)][-1]
+            step_s = statistics.median(b - a for a, b in zip(whole["times"], whole["times"][1:], strict=False))
+            found: list[tuple[float, float, bool]] = []
+            for repeat in range(REPEATS):
+                first = ask(prefill, f"p{tokens}-{repeat}", prompt, 1, params_of(kind))
+                assert first["params"], "the prefill engine hands nothing over"
+                rest = ask(
+                    decode, f"d{tokens}-{repeat}", prompt + first["tokens"], NEW_TOKENS - 1, dict(first["params"])
+                )
+                gap_s = rest["times"][0] - first["times"][0]
+                prefill_s = first["times"][0] - first["begun"]
+                equal = first["tokens"] + rest["tokens"] == whole["tokens"]
+                found.append((gap_s, prefill_s, equal))
+                print(f"{kind} {tokens}: {gap_s * 1e3:.2f} ms, step {step_s * 1e3:.2f} ms, equal {equal}", flush=True)
+            counted = found[1:]
+            gap_s = statistics.median(gap for gap, _, _ in counted)
+            figures |= {
+                f"{kind}_{tokens}_second_token_ms": round(gap_s * 1e3, 2),
+                f"{kind}_{tokens}_handoff_ms": round((gap_s - step_s) * 1e3, 2),
+                f"{kind}_{tokens}_step_ms": round(step_s * 1e3, 2),
+                f"{kind}_{tokens}_second_token_over_step": round(gap_s / step_s, 2),
+                f"{kind}_{tokens}_prefill_ms": round(statistics.median(p for _, p, _ in counted) * 1e3, 2),
+                f"{kind}_{tokens}_equal": float(all(equal for _, _, equal in found)),
+            }
+    finally:
+        for pipe in (prefill, decode):
+            pipe.send(None)
+        for process in children:
+            process.join(15)
+            process.kill()
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--kinds", nargs="+", default=["llmserve", "nixl_connector"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 8192, 32768])
+    parser.add_argument("--out", default="build/bench/handoff.json")
+    options = parser.parse_args()
+    config = TINY if options.tiny else LLAMA
+    figures: dict[str, float] = {}
+    path = Path(options.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        for kind in options.kinds:
+            try:
+                figures |= handoffs(kind, folder, config, options.lengths)
+            except (AssertionError, EOFError, OSError) as error:
+                print(f"{kind}: {error}", flush=True)
+            path.write_text(json.dumps(figures, indent=2) + "\n")
+    for tokens in options.lengths:
+        ours, theirs = (figures.get(f"{kind}_{tokens}_handoff_ms") for kind in ("llmserve", "nixl_connector"))
+        if ours and theirs:
+            figures[f"handoff_{tokens}_times_faster"] = round(theirs / ours, 1)
+    path.write_text(json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()
