@@ -47,4 +47,11 @@ class Broadcast:
     message: Cancel | Sync
 
 
-Action: TypeAlias = SendGrant | NotifyGateway | Discard | CheckStored | Broadcast
+@dataclass(frozen=True, slots=True)
+class AskSnapshot:
+    """Ask a member for all the pages that it holds."""
+
+    member: str
+
+
+Action: TypeAlias = SendGrant | NotifyGateway | Discard | CheckStored | Broadcast | AskSnapshot

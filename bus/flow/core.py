@@ -14,13 +14,27 @@ from llmserve.bus.flow.entry import Entry
 from llmserve.bus.flow.events import Absent, Checked, Event, MemberLost, NoResponders, Reconnected, StreamRead, Tick
 from llmserve.bus.flow.handoffs import Handoffs
 from llmserve.bus.flow.ledger import Ledger
+from llmserve.bus.flow.locality import Locality
 from llmserve.bus.flow.members import Members
 from llmserve.bus.flow.outcomes import Outcomes
+from llmserve.bus.flow.placement import ByLocality, Placement
 from llmserve.bus.flow.presence import Presence
 from llmserve.bus.flow.progress import Progress
 from llmserve.bus.flow.settings import RouterSettings
 from llmserve.bus.flow.stats import Stats
-from llmserve.bus.messages import Accepted, Cancel, Failed, Finished, Grant, HandedOff, Heartbeat, Refused, encode
+from llmserve.bus.flow.whereabouts import Whereabouts
+from llmserve.bus.messages import (
+    Accepted,
+    Cancel,
+    Failed,
+    Finished,
+    Grant,
+    HandedOff,
+    Heartbeat,
+    KvEvents,
+    Refused,
+    encode,
+)
 
 
 class RouterCore:
@@ -30,17 +44,26 @@ class RouterCore:
     handlers of the events stand in modules of their own and share the ledger and the outcomes.
     """
 
-    def __init__(self, settings: RouterSettings, rng: random.Random) -> None:
+    def __init__(self, settings: RouterSettings, rng: random.Random, placement: Placement | None = None) -> None:
+        """``placement``: by locality if not given."""
         self.settings = settings
         self.stats = Stats()
         self.ledger = Ledger(settings)
         self.members = Members(self.ledger)
         self._outcomes = Outcomes(self.ledger, self.stats)
-        self._dispatcher = Dispatcher(self.ledger, rng)
+        self.locality = Locality(settings.index_blocks)
+        self._dispatcher = Dispatcher(self.ledger, rng, placement or ByLocality(self.locality))
         handoffs = Handoffs(self.ledger, self._outcomes)
         arrivals = Arrivals(self.ledger, self.members, self._outcomes, handoffs)
         progress = Progress(self.ledger, self._outcomes, handoffs, self.stats)
         presence = Presence(self.ledger, self.members, self._outcomes, handoffs, self.stats)
+        whereabouts = Whereabouts(self.locality, self.members, self._outcomes)
+        self._also: dict[type, Callable[[Any, float], None]] = {
+            Heartbeat: whereabouts.heartbeat,
+            MemberLost: whereabouts.member_lost,
+            Tick: whereabouts.tick,
+        }
+        """What else an event means, beyond its handler."""
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             StoredRequest: arrivals.stored,
             Checked: arrivals.checked,
@@ -52,6 +75,7 @@ class RouterCore:
             Failed: progress.failed,
             HandedOff: handoffs.handed_off,
             Heartbeat: presence.heartbeat,
+            KvEvents: whereabouts.told,
             NoResponders: presence.no_responders,
             MemberLost: presence.member_lost,
             Absent: presence.absent,
@@ -80,6 +104,8 @@ class RouterCore:
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """Take one event in; O(log requests), for heartbeats linear in their inventory. ``dispatch`` comes next."""
         self._handlers[type(event)](event, now_s)
+        if (also := self._also.get(type(event))) is not None:
+            also(event, now_s)
         return self._outcomes.take_actions()
 
     def dispatch(self, now_s: float) -> list[Action]:
@@ -96,6 +122,7 @@ class RouterCore:
     def check(self) -> None:
         """Assert every invariant; linear in all that is known."""
         self.ledger.check()
+        self.locality.index.check()
 
     def _grant_of(self, entry: Entry) -> Grant:
         return Grant(

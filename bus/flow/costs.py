@@ -17,9 +17,10 @@ class Costs:
         self._mean_output_tokens: dict[str, float] = {}
 
     def estimate(self, entry: Entry) -> float:
-        """Before it runs: the output is expected to be as long as the tenant's were of late."""
+        """Before it runs: the worker reuses what is expected of it, the output is as long as the tenant's of late."""
         expected = self._mean_output_tokens.get(entry.tenant, self._first)
-        return entry.prompt_tokens + self._output_weight * min(entry.max_tokens, expected)
+        prompt_tokens = entry.prompt_tokens - entry.cached_tokens
+        return prompt_tokens + self._output_weight * min(entry.max_tokens, expected)
 
     def actual(self, entry: Entry, output_tokens: int, cached_tokens: int) -> float:
         """Of all attempts together; prompt tokens that a later attempt computes again are not the tenant's."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 from llmserve.bus.flow.entry import Entry
+from llmserve.bus.flow.prefix import Prefix
 from llmserve.bus.messages import Heartbeat, Role, Running, Stage
 
 STAGE_OF_ROLE = {Role.PREFILL: Stage.PREFILL, Role.DECODE: Stage.DECODE, Role.BOTH: Stage.WHOLE}
+
+ALIKE = 8
+"""Requests of one worker that a new one's prefix is compared with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +41,10 @@ class WorkerState:
         """Granted to it or running there, by sequence."""
         self.holding: dict[int, Entry] = {}
         """Handed off by it and waiting for a decode worker."""
-        self.prompt_tokens = 0
-        """Of the book's requests."""
+        self.work_tokens = 0
+        """Prompt tokens to compute of the book's requests."""
+        self._prefixes: dict[bytes, dict[int, Prefix]] = {}
+        """Of the book's requests, by head."""
         self.pages = 0
         """Set aside for the book's requests."""
         self.unlisted_pages = 0
@@ -86,19 +94,30 @@ class WorkerState:
             return False
         if self.alone and not self.holds:
             return True
-        outstanding_tokens = self.prompt_tokens + self.stray_prompt_tokens
-        tokens = self.alone or self.stage is not Stage.PREFILL or outstanding_tokens < self.beat.prefill_tokens
+        tokens = self.alone or self.stage is not Stage.PREFILL or self.outstanding_tokens < self.beat.prefill_tokens
         return tokens and (self.free_pages > 0 or not self.beat.pages_total)
 
-    def fits(self, entry: Entry, reserved_output_tokens: int) -> bool:
-        """Whether the request fits into the credit that is left."""
+    @property
+    def outstanding_tokens(self) -> int:
+        """Prompt tokens that it has to compute, or may have to."""
+        return self.work_tokens + self.stray_prompt_tokens
+
+    def fits(self, entry: Entry, reserved_output_tokens: int, work: Callable[[Entry, WorkerState], int]) -> bool:
+        """Whether the request fits into the credit that is left; ``work``: prompt tokens that it would compute here.
+
+        What it does not compute takes no credit, and a request whose prefix is here may overdraw it as long as it
+        would wait and compute less than the whole prompt.
+        """
         if not self.has_room():
             return False
         if entry.is_suspect and any(other.is_suspect for other in self.book.values()):
             return False
-        prompt_tokens = self.prompt_tokens + self.stray_prompt_tokens + entry.prompt_tokens
-        if self.stage is Stage.PREFILL and not self.alone and prompt_tokens > self.beat.prefill_tokens:
-            return False
+        if self.stage is Stage.PREFILL and not self.alone:
+            left_tokens = self.beat.prefill_tokens - self.outstanding_tokens
+            if entry.prompt_tokens > left_tokens:
+                work_tokens = work(entry, self)
+                if work_tokens > left_tokens and self.outstanding_tokens + work_tokens > entry.prompt_tokens:
+                    return False
         if self.alone and not self.holds:
             return True
         return self.free_pages >= self.pages_for(entry.prompt_tokens, entry.max_tokens, reserved_output_tokens)
@@ -110,7 +129,7 @@ class WorkerState:
     def load(self) -> float:
         """How busy it is, 0 to about 1; comparable between workers that could take the same request."""
         if self.stage is Stage.PREFILL:
-            return (self.prompt_tokens + self.stray_prompt_tokens) / max(1, self.beat.prefill_tokens)
+            return self.outstanding_tokens / max(1, self.beat.prefill_tokens)
         if self.beat.pages_total:
             return 1.0 - self.free_pages / self.beat.pages_total
         return (len(self.book) + len(self.strays)) / max(1, self.beat.slots)
@@ -119,18 +138,29 @@ class WorkerState:
         """Enter the request into the book."""
         entry.worker, entry.pages, entry.listed = self, pages, False
         self.book[entry.seq] = entry
-        self.prompt_tokens += entry.prompt_tokens
+        self.work_tokens += entry.work_tokens
+        if entry.prefix is not None:
+            self._prefixes.setdefault(entry.prefix.head, {})[entry.seq] = entry.prefix
         self.pages += pages
         self.unlisted_pages += pages
 
     def release(self, entry: Entry) -> None:
         """Strike the request from the book."""
         del self.book[entry.seq]
-        self.prompt_tokens -= entry.prompt_tokens
+        self.work_tokens -= entry.work_tokens
+        if entry.prefix is not None:
+            alike = self._prefixes[entry.prefix.head]
+            del alike[entry.seq]
+            if not alike:
+                del self._prefixes[entry.prefix.head]
         self.pages -= entry.pages
         if not entry.listed:
             self.unlisted_pages -= entry.pages
         entry.worker = None
+
+    def prefixes_like(self, prefix: Prefix) -> Iterable[Prefix]:
+        """Prefixes of the book's latest requests that begin as ``prefix`` does."""
+        return islice(reversed(self._prefixes.get(prefix.head, {}).values()), ALIKE)
 
     def hear(self, beat: Heartbeat, now_s: float) -> None:
         """Adopt a heartbeat with its credit and its inventory."""
@@ -172,11 +202,13 @@ class WorkerState:
     def check(self) -> None:
         """Assert the invariants."""
         entries = self.book.values()
-        assert self.prompt_tokens == sum(entry.prompt_tokens for entry in entries), f"{self.member}: prompt tokens"
+        assert self.work_tokens == sum(entry.work_tokens for entry in entries), f"{self.member}: tokens to compute"
+        named = {entry.seq for entry in entries if entry.prefix is not None}
+        assert named == {seq for alike in self._prefixes.values() for seq in alike}, f"{self.member}: prefixes"
         assert self.pages == sum(entry.pages for entry in entries), f"{self.member}: pages"
         unlisted = sum(entry.pages for entry in entries if not entry.listed)
         assert self.unlisted_pages == unlisted, f"{self.member}: unlisted pages"
-        assert min(self.prompt_tokens, self.pages, self.unlisted_pages) >= 0, f"{self.member}: negative"
+        assert min(self.work_tokens, self.pages, self.unlisted_pages) >= 0, f"{self.member}: negative"
         strays = self.strays.values()
         assert self.stray_prompt_tokens == sum(s.prompt_tokens for s in strays), f"{self.member}: strays' tokens"
         assert self.stray_pages == sum(s.pages for s in strays), f"{self.member}: strays' pages"

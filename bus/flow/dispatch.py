@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llmserve.bus.flow.credits import WorkerState
 from llmserve.bus.flow.entry import Charge, Entry
 from llmserve.bus.flow.ledger import Ledger
-from llmserve.bus.flow.placement import Cost, by_load, cheapest
+from llmserve.bus.flow.placement import Placement, cheapest
 from llmserve.bus.flow.queue import FairQueue, Flow
 from llmserve.bus.messages import Stage
 
@@ -41,10 +41,9 @@ class Dispatcher:
     not any more: its stage then drains until it fits, so that nobody starves it.
     """
 
-    def __init__(self, ledger: Ledger, rng: random.Random, cost: Cost = by_load) -> None:
-        """``cost``: what placement goes by."""
+    def __init__(self, ledger: Ledger, rng: random.Random, placement: Placement) -> None:
         self._ledger = ledger
-        self._cost = cost
+        self._placement = placement
         self._settings = ledger.settings
         self._rng = rng
         self._starved: FairQueue[Entry] | None = None
@@ -52,6 +51,7 @@ class Dispatcher:
 
     def dispatch(self, now_s: float) -> list[Decision]:
         """Move all that can go to workers; takes O(workers + log requests) per decision."""
+        self._placement.begin(now_s)
         decisions: list[Decision] = []
         for fingerprint, queue in self._ledger.decode_queues.items():
             if queue.size:
@@ -93,6 +93,7 @@ class Dispatcher:
 
     def _grant(self, queue: FairQueue[Entry], flow: Flow[Entry], worker: WorkerState, now_s: float) -> Granted:
         entry = flow.head()
+        self._placement.granted(entry, worker)
         cost = 0.0 if entry.paid else self._ledger.costs.estimate(entry)
         queue.serve(flow, cost)
         if cost:
@@ -109,9 +110,11 @@ class Dispatcher:
         able = [
             worker
             for worker in workers
-            if worker.fits(entry, reserved) and worker.serves(entry) and not budgets.stage_full(worker.stage)
+            if worker.fits(entry, reserved, self._placement.work_tokens)
+            and worker.serves(entry)
+            and not budgets.stage_full(worker.stage)
         ]
-        return cheapest(entry, able, self._cost, self._rng)
+        return cheapest(entry, able, self._placement, self._rng)
 
     def _any_room(self, workers: list[WorkerState]) -> bool:
         budgets = self._ledger.budgets

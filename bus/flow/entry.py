@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llmserve.bus.base import StoredRequest
+from llmserve.bus.flow.prefix import Prefix
 from llmserve.bus.flow.queue import FairQueue
 from llmserve.bus.messages import HandedOff, Stage
 
@@ -67,6 +68,12 @@ class Entry:
     """Counts its moves, so that a timer knows whether it is out of date."""
     deaths: int = 0
     """Workers that died while they ran it or an earlier attempt."""
+    prefix: Prefix | None = None
+    """The blocks of its prompt, as far as its gateway named them."""
+    work_tokens: int = 0
+    """Prompt tokens that its worker has to compute, or had to: all of them until a placement knows better."""
+    cached_tokens: int = 0
+    """Prompt tokens that its worker is expected to reuse."""
     paid: bool = False
     ticket: int = 0
     queue: FairQueue[Entry] | None = None
@@ -108,6 +115,8 @@ class Entry:
             since_s=now_s,
             deaths=request.deaths,
             paid=request.attempt > 0,
+            prefix=Prefix.of(request),
+            work_tokens=request.prompt_tokens,
         )
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from llmserve.bus.base import StoredRequest
-from llmserve.bus.messages import Accepted, Cancel, Failed, Finished, HandedOff, Heartbeat, Refused
+from llmserve.bus.messages import Accepted, Cancel, Failed, Finished, HandedOff, Heartbeat, KvEvents, Refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,7 @@ Event: TypeAlias = (
     | Finished
     | Failed
     | Heartbeat
+    | KvEvents
     | Cancel
     | NoResponders
     | MemberLost

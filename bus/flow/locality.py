@@ -11,31 +11,14 @@ from dataclasses import dataclass, field
 
 from llmserve.bus.block_hashes import unpack_short
 from llmserve.bus.flow.credits import WorkerState
+from llmserve.bus.flow.prefix import Prefix
 from llmserve.bus.flow.prefix_index import PrefixIndex, Reader, Run, Source
-from llmserve.bus.messages import Heartbeat, KvChange, KvEvents, Request, Tier
+from llmserve.bus.messages import Heartbeat, KvChange, KvEvents, Tier
 
 ASK_EVERY_S = 1.0
 """Between two requests for a snapshot to one member."""
 LOAD_COST = {Tier.GPU: 0.0, Tier.DRAM: 0.05, Tier.NVME: 0.35, Tier.S3: 0.6}
 """Time to load a token over the time to compute it, as long as a worker has not measured its own."""
-
-
-@dataclass(slots=True)
-class Prefix:
-    """The block hashes of one request, and what the index said of them last."""
-
-    data: bytes
-    block_tokens: int
-    prompt_tokens: int
-    runs: tuple[Run, ...] = ()
-    version: int = -1
-
-    @classmethod
-    def of(cls, request: Request) -> Prefix | None:
-        """None if the request names no blocks, or nonsense: hints are not worth a refusal."""
-        if request.block_tokens <= 0 or not request.block_hashes or len(request.block_hashes) % 8:
-            return None
-        return cls(request.block_hashes, request.block_tokens, request.prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +62,6 @@ class _Feed:
 
     heard_s: float
     seq: int = 0
-    stale: bool = False
     asked_s: float = float("-inf")
 
 
@@ -90,6 +72,8 @@ class Locality:
         self.index = PrefixIndex(max_blocks)
         self.stats = LocalityStats()
         self._feeds: dict[str, _Feed] = {}
+        self._stale: dict[str, None] = {}
+        """Members of whose messages some are missing."""
         self._readers: dict[str, Reader] = {}
 
     # -- what members tell ----------------------------------------------------------------------------------------
@@ -102,12 +86,12 @@ class Locality:
         if event.snapshot:
             self._drop(event.member)
             self.stats.snapshots += 1
-            feed.stale = False
+            self._stale.pop(event.member, None)
         elif event.seq <= feed.seq:
             return
         elif event.seq > feed.seq + 1:
             self.stats.lost += event.seq - feed.seq - 1 if feed.seq else 0
-            feed.stale = True
+            self._stale[event.member] = None
         feed.seq = event.seq
         for change in event.changes:
             self._apply(event, change)
@@ -124,12 +108,14 @@ class Locality:
         if beat.kv_seq > feed.seq:
             # A member's messages come in the order in which it sent them, so what is missing now never comes.
             self.stats.lost += beat.kv_seq - feed.seq if feed.seq else 0
-            feed.seq, feed.stale = beat.kv_seq, True
+            feed.seq = beat.kv_seq
+            self._stale[beat.member] = None
 
     def forget(self, member: str) -> None:
         """The member is gone, and its pages with it."""
         self._drop(member)
         self._feeds.pop(member, None)
+        self._stale.pop(member, None)
         self._readers.pop(member, None)
 
     def expire(self, silent_since_s: float) -> None:
@@ -139,7 +125,7 @@ class Locality:
 
     def due(self, now_s: float) -> list[str]:
         """Members to be asked for a snapshot now; each at most once in ``ASK_EVERY_S``."""
-        members = [name for name, feed in self._feeds.items() if feed.stale and now_s - feed.asked_s >= ASK_EVERY_S]
+        members = [name for name in self._stale if now_s - self._feeds[name].asked_s >= ASK_EVERY_S]
         for name in members:
             self._feeds[name].asked_s = now_s
         self.stats.asked += len(members)
@@ -167,6 +153,10 @@ class Locality:
         if prefix is None or prefix.block_tokens != worker.beat.page_tokens:
             return Reuse({}, prompt_tokens)
         blocks = self.index.loadable(self._runs(prefix), self._reader(worker))
+        # Of two requests with one prefix that come together, the second finds what the first one computes.
+        coming = max((prefix.common_blocks(other) for other in worker.prefixes_like(prefix)), default=0)
+        if coming > blocks.get(Tier.GPU, 0):
+            blocks = _behind(coming, blocks)
         # The last token is computed whatever is cached: the first output token is sampled from it.
         room = (prompt_tokens - 1) // prefix.block_tokens
         tokens: dict[Tier, int] = {}
@@ -204,6 +194,17 @@ class Locality:
                 worker.member, beat.fingerprint, beat.page_tokens, beat.host
             )
         return reader
+
+
+def _behind(coming: int, blocks: dict[Tier, int]) -> dict[Tier, int]:
+    """``blocks`` of a prefix of which the first ``coming`` are in the engine's own memory."""
+    found = {Tier.GPU: coming}
+    for tier, count in blocks.items():
+        taken = min(coming, count)
+        coming -= taken
+        if tier is not Tier.GPU and count > taken:
+            found[tier] = count - taken
+    return found
 
 
 def load_cost(tier: Tier, beat: Heartbeat) -> float:

@@ -110,6 +110,11 @@ class Members:
     def reconnected(self, now_s: float) -> None:
         self._reconnected_s = now_s
 
+    @property
+    def timeout_s(self) -> float:
+        """Silence after which a member is gone."""
+        return self._settings.member_timeout_s
+
     def returning(self, now_s: float) -> bool:
         """Whether the bus was away a moment ago, so that a member that nobody hears may be on its way back."""
         return now_s - self._reconnected_s < self._settings.member_timeout_s

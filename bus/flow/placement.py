@@ -2,29 +2,105 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 from llmserve.bus.flow.credits import WorkerState
 from llmserve.bus.flow.entry import Entry
+from llmserve.bus.flow.locality import Locality, Reuse
+from llmserve.bus.messages import Stage
 
 NEAR_BEST = 0.05
 """Workers whose cost is within this of the least are equally good."""
-
-Cost: TypeAlias = Callable[[Entry, WorkerState], float]
-"""What a worker that could take a request now would make of it, 0 to about 1; comparable between such workers."""
-
-
-def by_load(entry: Entry, worker: WorkerState) -> float:
-    """The same for every request: how busy the worker is."""
-    return worker.load()
+DRAIN_STEPS_S = 2.0
+"""Steps of prompts that a worker is believed to compute a second until it has measured it."""
 
 
-def cheapest(entry: Entry, workers: Iterable[WorkerState], cost: Cost, rng: random.Random) -> WorkerState | None:
+class Placement(ABC):
+    """What a request means to a worker."""
+
+    @abstractmethod
+    def begin(self, now_s: float) -> None:
+        """Placements at ``now_s`` follow."""
+
+    @abstractmethod
+    def work_tokens(self, entry: Entry, worker: WorkerState) -> int:
+        """What the worker's credit is charged: prompt tokens that it has to compute."""
+
+    @abstractmethod
+    def cost(self, entry: Entry, worker: WorkerState) -> float:
+        """What a worker that could take it now would make of it, in its engine's steps or shares of its memory;
+        comparable between such workers."""
+
+    @abstractmethod
+    def granted(self, entry: Entry, worker: WorkerState) -> None:
+        """The worker gets it: write down in the entry what that means."""
+
+
+class ByLocality(Placement):
+    """Load against recomputation: what a worker would have to compute and to load, behind what it has to do already.
+
+    A prefill worker has its whole book to do. A worker of both roles decodes most of it: what is left of its prompts
+    is estimated from the pace at which it computes them, and its decoding by the memory in use.
+    """
+
+    def __init__(self, locality: Locality) -> None:
+        self._locality = locality
+        self._now_s = 0.0
+        self._backlogs: dict[str, tuple[float, float]] = {}
+        """Of workers of both roles: tokens to compute, and when."""
+
+    def begin(self, now_s: float) -> None:
+        self._now_s = now_s
+
+    def work_tokens(self, entry: Entry, worker: WorkerState) -> int:
+        return math.ceil(self._reuse(entry, worker).work_tokens)
+
+    def cost(self, entry: Entry, worker: WorkerState) -> float:
+        if worker.stage is Stage.DECODE:
+            return worker.load()
+        tokens = self._reuse(entry, worker).work_tokens
+        if worker.stage is Stage.PREFILL:
+            return (worker.outstanding_tokens + tokens) / _step_tokens(worker)
+        return worker.load() + (self._backlog(worker) + tokens) / _step_tokens(worker)
+
+    def granted(self, entry: Entry, worker: WorkerState) -> None:
+        if worker.stage is Stage.DECODE:
+            return
+        reuse = self._reuse(entry, worker)
+        entry.work_tokens = math.ceil(reuse.work_tokens)
+        entry.cached_tokens = reuse.cached_tokens
+        self._locality.granted(reuse, entry.prompt_tokens)
+        if worker.stage is Stage.WHOLE:
+            self._backlogs[worker.member] = (self._backlog(worker) + reuse.work_tokens, self._now_s)
+
+    def forget(self, member: str) -> None:
+        """The worker is gone."""
+        self._backlogs.pop(member, None)
+
+    def _reuse(self, entry: Entry, worker: WorkerState) -> Reuse:
+        return self._locality.reuse(entry.prefix, entry.prompt_tokens, worker)
+
+    def _backlog(self, worker: WorkerState) -> float:
+        tokens, at_s = self._backlogs.get(worker.member, (0.0, self._now_s))
+        pace = worker.beat.prefill_tokens_s or DRAIN_STEPS_S * _step_tokens(worker)
+        return max(0.0, tokens - (self._now_s - at_s) * pace)
+
+
+def _step_tokens(worker: WorkerState) -> float:
+    """Prompt tokens of one engine step: a worker's credit is two of them."""
+    return max(1.0, worker.beat.prefill_tokens / 2)
+
+
+def cheapest(
+    entry: Entry, workers: Iterable[WorkerState], placement: Placement, rng: random.Random
+) -> WorkerState | None:
     """The worker to take, None if there is none."""
-    costs = [(cost(entry, worker), worker) for worker in workers]
-    if len(costs) < 2:
-        return costs[0][1] if costs else None
+    able = list(workers)
+    if len(able) < 2:
+        return able[0] if able else None
+    costs = [(placement.cost(entry, worker), worker) for worker in able]
     least = min(value for value, _ in costs)
     return rng.choice([worker for value, worker in costs if value <= least + NEAR_BEST])

@@ -12,10 +12,11 @@ from collections.abc import Callable, Coroutine, Iterable
 from prometheus_client import CollectorRegistry
 
 from llmserve.bus.base import Bus, BusError, Follower, StoredRequest, Subscription
-from llmserve.bus.flow.actions import Action, Broadcast, CheckStored, Discard, NotifyGateway, SendGrant
+from llmserve.bus.flow.actions import Action, AskSnapshot, Broadcast, CheckStored, Discard, NotifyGateway, SendGrant
 from llmserve.bus.flow.core import RouterCore
 from llmserve.bus.flow.events import Absent, Checked, Event, NoResponders, Reconnected, StreamRead, Tick
 from llmserve.bus.flow.metrics import FlowMetrics
+from llmserve.bus.flow.placement import Placement
 from llmserve.bus.flow.settings import RouterSettings
 from llmserve.bus.messages import (
     Accepted,
@@ -25,6 +26,8 @@ from llmserve.bus.messages import (
     Finished,
     HandedOff,
     Heartbeat,
+    KvEvents,
+    KvResync,
     Ping,
     Refused,
     Sync,
@@ -71,8 +74,10 @@ class Router:
         registry: CollectorRegistry | None = None,
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
+        placement: Placement | None = None,
     ) -> None:
-        self.core = RouterCore(settings, rng or random.Random())
+        """``placement``: by locality if not given."""
+        self.core = RouterCore(settings, rng or random.Random(), placement)
         self.metrics = FlowMetrics(registry or CollectorRegistry())
         self._bus = bus
         self._member = member
@@ -101,7 +106,7 @@ class Router:
         if self._subscriptions:
             return
         subjects = self._bus.subjects
-        for subject in (subjects.heartbeats, subjects.events, subjects.control):
+        for subject in (subjects.heartbeats, subjects.events, subjects.control, subjects.kv_events):
             self._subscriptions.append(await self._bus.subscribe(subject, self._on_message))
         self._follower = await self._bus.follow(self._on_stored)
         self._subscriptions.append(self._follower)
@@ -205,7 +210,7 @@ class Router:
                 self._stand_down(Deposed(message.router, message.epoch))
         elif isinstance(message, Cancel) and 0 < message.epoch < self.epoch:
             logger.warning("a deposed router's cancellation is not heard: epoch %d is over", message.epoch)
-        elif isinstance(message, Accepted | Refused | HandedOff | Finished | Failed | Heartbeat | Cancel):
+        elif isinstance(message, Accepted | Refused | HandedOff | Finished | Failed | Heartbeat | KvEvents | Cancel):
             self._handle(message)
 
     def _on_stored(self, stored: StoredRequest) -> None:
@@ -256,6 +261,8 @@ class Router:
             self._bus.publish(subjects.gateway(action.gateway), action.message)
         elif isinstance(action, Broadcast):
             self._bus.publish(subjects.control, action.message)
+        elif isinstance(action, AskSnapshot):
+            self._bus.publish(subjects.kv_resync(action.member), KvResync(router=self._member))
         elif isinstance(action, Discard):
             self._spawn(self._discard(action.seq))
         elif isinstance(action, CheckStored):

@@ -60,6 +60,8 @@ class RouterSettings:
     """How long a new leader waits for inventories before it grants."""
     memory_s: float = 60.0
     """How long ended and cancelled requests are remembered."""
+    index_blocks: int = 500_000
+    """Pages whose whereabouts the router knows: about 250 bytes each."""
     inline_bytes: int = 256 * 1024
     """A larger encoded request is granted by its sequence alone."""
 
