@@ -56,7 +56,7 @@ class WorkerMetrics:
         )
         self.cached_tokens = Counter(
             "llmserve_prompt_tokens_reused",
-            "Prompt tokens that were not computed: found in the engine's own memory (gpu) or loaded (external)",
+            "Prompt tokens that were not computed: found in the engine's own memory (gpu), or loaded from a tier",
             (*_LABELS, "source"),
             registry=registry,
         )
@@ -78,6 +78,7 @@ class OneWorker:
         self._step_seconds = families.step_seconds.labels(*self._labels)
         self._prefill_tokens = families.prefill_tokens.labels(*self._labels)
         self._decode_tokens = families.decode_tokens.labels(*self._labels)
+        self._counts_reuse = role is not Role.DECODE
         self._restarts = families.restarts.labels(*self._labels)
 
     def stepped(self, step: Step, seconds: float | None) -> None:
@@ -88,8 +89,17 @@ class OneWorker:
             self._prefill_tokens.inc(step.prefill_tokens)
         if self._counts_output:
             self._decode_tokens.inc(sum(len(output.tokens) for output in step.outputs))
+        if self._counts_reuse:
+            for output in step.outputs:
+                if output.cached_tokens:
+                    self._reused(output.cached_tokens, output.loaded_tokens)
         for transfer in step.transfers:
             self._transferred(transfer)
+
+    def _reused(self, cached_tokens: int, loaded_tokens: int) -> None:
+        for source, tokens in (("gpu", cached_tokens - loaded_tokens), ("loaded", loaded_tokens)):
+            if tokens > 0:
+                self._families.cached_tokens.labels(*self._labels, source).inc(tokens)
 
     def _transferred(self, transfer: Transfer) -> None:
         labels = (*self._labels, transfer.engine, transfer.direction)

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from llmserve.bus.flow.actions import SendGrant
 from llmserve.bus.flow.core import RouterCore
 from llmserve.bus.flow.entry import Entry
+from llmserve.bus.flow.locality import Locality
 from llmserve.bus.flow.queue import FairQueue
 from llmserve.bus.messages import Stage
 
@@ -44,6 +45,30 @@ class FlowMetrics:
             buckets=DISPATCH_BUCKETS_S,
             registry=registry,
         )
+        self._prefix_grants = Counter(
+            "llmserve_prefix_grants",
+            "Prompts granted to a worker that holds a part (hit) or not",
+            ["result"],
+            registry=registry,
+        )
+        self._prefix_tokens = Counter(
+            "llmserve_prefix_tokens",
+            "Prompt tokens granted, by where they are expected from",
+            ["source"],
+            registry=registry,
+        )
+        self._index_blocks = Gauge(
+            "llmserve_prefix_index_blocks", "Pages whose whereabouts the router knows", registry=registry
+        )
+        self._index_forgotten = Counter(
+            "llmserve_prefix_index_forgotten", "Pages dropped from the index for want of room", registry=registry
+        )
+        self._kv_events = Counter(
+            "llmserve_kv_events",
+            "Messages about pages (received, lost, malformed), and snapshots (asked, received)",
+            ["what"],
+            registry=registry,
+        )
         self._seen: dict[tuple[str, str], int] = {}
         self._depths: set[tuple[str, str]] = set()
         self._workers: set[str] = set()
@@ -69,6 +94,27 @@ class FlowMetrics:
             self._advance(self._rejected.labels(code), ("rejected", code), number)
         self._update_depths(core)
         self._update_pages(core)
+        self._update_locality(core.locality)
+
+    def _update_locality(self, locality: Locality) -> None:
+        stats, index = locality.stats, locality.index
+        self._index_blocks.set(len(index))
+        self._advance(self._index_forgotten, ("index", "forgotten"), index.forgotten)
+        for result, number in (("hit", stats.hits), ("miss", stats.misses)):
+            self._advance(self._prefix_grants.labels(result), ("prefix", result), number)
+        sources: dict[str, int] = {tier.value: tokens for tier, tokens in stats.reused_tokens.items()}
+        sources["computed"] = stats.computed_tokens
+        for source, tokens in sources.items():
+            self._advance(self._prefix_tokens.labels(source), ("tokens", source), tokens)
+        events = {
+            "received": stats.events,
+            "lost": stats.lost,
+            "malformed": stats.malformed,
+            "snapshot_asked": stats.asked,
+            "snapshot_received": stats.snapshots,
+        }
+        for what, number in events.items():
+            self._advance(self._kv_events.labels(what), ("kv", what), number)
 
     def _advance(self, counter: Counter, key: tuple[str, str], number: int) -> None:
         counter.inc(number - self._seen.get(key, 0))

@@ -14,6 +14,8 @@ from llmserve.bus.messages import Stage
 
 NEAR_BEST = 0.05
 """Workers whose cost is within this of the least are equally good."""
+WORK_WEIGHT = 1.25
+"""Of a token to compute against one to wait for: what one request computes, all others on the worker wait for."""
 DRAIN_STEPS_S = 2.0
 """Steps of prompts that a worker is believed to compute a second until it has measured it."""
 
@@ -61,7 +63,7 @@ class ByLocality(Placement):
     def cost(self, entry: Entry, worker: WorkerState) -> float:
         if worker.stage is Stage.DECODE:
             return worker.load()
-        tokens = self._reuse(entry, worker).work_tokens
+        tokens = WORK_WEIGHT * self._reuse(entry, worker).work_tokens
         if worker.stage is Stage.PREFILL:
             return (worker.outstanding_tokens + tokens) / _step_tokens(worker)
         return worker.load() + (self._backlog(worker) + tokens) / _step_tokens(worker)

@@ -71,6 +71,8 @@ class EngineOutput:
     stop_reason: int | str | None = None
     cached_tokens: int | None = None
     """Prompt tokens that were not computed by this deployment for this request; with the first output."""
+    loaded_tokens: int = 0
+    """Of ``cached_tokens``, those that came from a tier below the engine's own memory."""
     computed_tokens: int | None = None
     """Prompt tokens that this engine computed; with the first output. 0 or 1 on decode after a handoff."""
     extra: bytes = b""

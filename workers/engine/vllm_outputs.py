@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -46,10 +46,11 @@ class OutputReader:
 
     def read(self, output: EngineCoreOutput, entry: Entry) -> EngineOutput:
         """The output of ``entry``; changes ``output``."""
+        loaded = _loaded(output, entry)
         computed, cached = self._prefilled(output, entry)
         data = (output.kv_transfer_params or {}).get(HANDOFF) if entry.holds else None
         if data is not None:
-            return self._handed_off(output, entry, data, computed, cached)
+            return replace(self._handed_off(output, entry, data, computed, cached), loaded_tokens=loaded)
         reason, error = _reason(output)
         if entry.holds and reason is Reason.LENGTH:
             # Only its last token may end a prefill so, and that one would not have been asked to hold its pages.
@@ -61,6 +62,7 @@ class OutputReader:
             reason=reason,
             stop_reason="repetition" if repeated else output.stop_reason,
             cached_tokens=cached,
+            loaded_tokens=loaded,
             computed_tokens=computed,
             extra=self._extra(output, entry),
             error=error,
@@ -101,6 +103,15 @@ class OutputReader:
         output.request_id = entry.work_id
         output.kv_transfer_params = None
         return encode_extra(output, self._encoder)
+
+
+def _loaded(output: EngineCoreOutput, entry: Entry) -> int:
+    """Prompt tokens that came from a tier; what a handoff brings is none."""
+    stats = output.prefill_stats
+    if not entry.at_first or stats is None or entry.cached_tokens is not None:
+        return 0
+    loaded: int = stats.num_external_cached_tokens
+    return loaded
 
 
 def encode_extra(output: EngineCoreOutput, encoder: Any = None) -> bytes:
