@@ -1,4 +1,4 @@
-"""Making and ending nats-py clients, with the settings that its traps call for."""
+"""Making and ending nats-py clients, with the settings that its traps call for; ``Publisher`` is for users."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import nats.errors
 
 from llmserve.bus.base import BusError
 from llmserve.bus.inbox import Reply
+from llmserve.bus.publisher import Publisher
 from llmserve.bus.settings import BusCounters
 from llmserve.bus.tls import PlainServer, TlsClient, client_tls
 from llmserve.manifests.schema import BusTls
@@ -22,6 +23,16 @@ from llmserve.manifests.schema import BusTls
 if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.aio.subscription import Subscription as ClientSubscription
+
+__all__ = [
+    "Callbacks",
+    "Publisher",
+    "RawSubscription",
+    "Server",
+    "close_client",
+    "open_client",
+    "shown_url",
+]
 
 logger = logging.getLogger(__name__)
 

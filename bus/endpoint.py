@@ -31,4 +31,4 @@ def bus_endpoint(manifest: Manifest, url: str | None, environ: Mapping[str, str]
         raise BusError(
             "no bus: give --nats URL or spec.bus.url, or start the deployment here with 'llmserve up' first"
         )
-    return BusEndpoint(f"nats://127.0.0.1:{embedded.port}", embedded.token)
+    return BusEndpoint(f"nats://127.0.0.1:{embedded.port}", embedded.credentials)

@@ -16,12 +16,13 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
 from llmserve.bus.base import BusError
 from llmserve.bus.statedir import Endpoint, StateDir
+from llmserve.bus.tenants import with_tenants
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,17 @@ class EmbeddedServer:
     """
 
     def __init__(
-        self, state_dir: Path, *, sync: Literal["interval", "always"] = "interval", ready_timeout_s: float = 30.0
+        self,
+        state_dir: Path,
+        *,
+        sync: Literal["interval", "always"] = "interval",
+        ready_timeout_s: float = 30.0,
+        deployment: str = "",
+        tenants: Iterable[str] = (),
     ) -> None:
+        """``tenants`` of ``deployment`` may be given users later, while the server runs."""
+        self._deployment = deployment
+        self._tenants = tuple(tenants)
         self._state = StateDir(state_dir)
         self._sync = sync
         self._ready_timeout_s = ready_timeout_s
@@ -70,8 +80,8 @@ class EmbeddedServer:
 
     @property
     def token(self) -> str:
-        """What clients authenticate with."""
-        return self._known_endpoint().token
+        """What the deployment's members authenticate with, as ``user:password``."""
+        return self._known_endpoint().credentials
 
     @property
     def pid(self) -> int | None:
@@ -169,6 +179,10 @@ class EmbeddedServer:
         if threading.current_thread() is not threading.main_thread():
             raise ServerError("the embedded server must be started from the main thread")
         self._state.clear_ports_files()
+        if self._tenants:
+            accounts = with_tenants(self._state.accounts(), self._deployment, self._tenants)
+            self._state.write_accounts(accounts)
+        self._state.write_accounts_config(self._known_endpoint())
         self._state.write_config(self._config())
         with self._state.open_log() as log:
             self._process = subprocess.Popen(
@@ -194,7 +208,7 @@ ports_file_dir: {quote(str(self._state.run))}
 max_payload: {MAX_PAYLOAD_BYTES}
 max_pending: 67108864
 write_deadline: "10s"
-authorization {{ token: {quote(endpoint.token)} }}
+include {quote(self._state.accounts_config.name)}
 jetstream {{
   store_dir: {quote(str(self._state.store))}
   max_memory_store: 268435456

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import IO
 
 import msgspec
+import psutil
 
 from llmserve.bus.base import BusError
+from llmserve.bus.tenants import USER, TenantAccount, accounts_config, read_accounts
 
 _LOG_MAX_BYTES = 16 << 20
 _LOCK_PATIENCE_S = 2.0
@@ -27,6 +31,11 @@ class Endpoint(msgspec.Struct, frozen=True):
     port: int
     token: str
 
+    @property
+    def credentials(self) -> str:
+        """The token as members give it: a user and his password."""
+        return f"{USER}:{self.token}"
+
 
 class StateDir:
     """Files of one server below ``root``; only the owner may read them."""
@@ -37,6 +46,8 @@ class StateDir:
         self.log = self.root / "nats.log"
         self.run = self.root / "run"
         self.store = self.root / "jetstream"
+        self.accounts_config = self.root / "accounts.conf"
+        self._accounts = self.root / "tenants.json"
         self._endpoint = self.root / "endpoint.json"
         self._lock = self.root / "lock"
         self._fd: int | None = None
@@ -88,6 +99,37 @@ class StateDir:
 
     def write_endpoint(self, endpoint: Endpoint) -> None:
         self._write_private(self._endpoint, msgspec.json.encode(endpoint))
+
+    def accounts(self) -> list[TenantAccount]:
+        """The tenants that were added. Raises ``BusError`` if their file is damaged."""
+        try:
+            return read_accounts(self._accounts)
+        except msgspec.MsgspecError as error:
+            raise BusError(f"{self._accounts} is damaged: {error}") from error
+
+    def write_accounts(self, accounts: list[TenantAccount]) -> None:
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._write_private(self._accounts, msgspec.json.encode(accounts))
+
+    def write_accounts_config(self, endpoint: Endpoint) -> None:
+        """What the server's configuration includes: who may connect."""
+        self._write_private(self.accounts_config, accounts_config(endpoint.token, self.accounts()).encode())
+
+    def reconfigure(self) -> bool:
+        """Have a server that runs here, of whatever process, read its accounts again; False if none runs."""
+        endpoint = self.read_endpoint()
+        if endpoint is None:
+            return False
+        self.write_accounts_config(endpoint)
+        told = False
+        for path in self.run.glob("*.ports"):
+            pid = path.stem.rpartition("_")[2]
+            # A server that was killed leaves its file, and its number to others.
+            with contextlib.suppress(psutil.NoSuchProcess, ValueError):
+                if psutil.Process(int(pid)).name() == "nats-server":
+                    os.kill(int(pid), signal.SIGHUP)
+                    told = True
+        return told
 
     def write_config(self, text: str) -> None:
         self._write_private(self.config, text.encode())

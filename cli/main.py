@@ -14,6 +14,8 @@ _COMMANDS = {
     "up": "start the whole stack of a manifest and serve",
     "apply": "check a manifest and print the plan",
     "status": "show a running deployment",
+    "tenant": "give a tenant an API key and a NATS credential",
+    "submit": "run a file of requests as a batch and write the results",
     "reload": "read keys, limits and certificates of a running deployment again",
     "health": "ask a health endpoint; exit 0 if it is well",
 }

@@ -142,7 +142,12 @@ class Stack:
             self._progress.line(f"  nats         external          {self._nats_url.rpartition('@')[2]}")
             return BusEndpoint(self._nats_url, self.manifest.spec.bus.token)
         async with self._progress.part("nats", "embedded server, JetStream on files"):
-            server = EmbeddedServer(state_dir(self.manifest, os.environ), sync=self.manifest.spec.bus.sync)
+            server = EmbeddedServer(
+                state_dir(self.manifest, os.environ),
+                sync=self.manifest.spec.bus.sync,
+                deployment=self.manifest.metadata.name,
+                tenants=sorted(self.manifest.spec.scheduling.fair_share.tenants),
+            )
             server.start()
         self._closing.callback(server.stop)
         self._spawn(server.supervise(), "nats")

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from llmserve.bus.messages import Cancel, Heartbeat, Reason, Request, Result, Role
+from llmserve.bus.server import EmbeddedServer
 
 
 def a_request(request_id: str = "r", attempt: int = 0, body: bytes = b"body") -> Request:
@@ -40,3 +41,9 @@ async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> Non
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+def login(server: EmbeddedServer) -> dict[str, str]:
+    """How a client that is none of ours joins."""
+    user, _, password = server.token.partition(":")
+    return {"user": user, "password": password}

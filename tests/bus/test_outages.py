@@ -17,7 +17,7 @@ from llmserve.bus.server import EmbeddedServer
 from llmserve.bus.settings import BusSettings
 from llmserve.bus.subjects import Subjects
 from tests.bus.conftest import JoinNats
-from tests.bus.samples import a_cancel, a_request, a_result, until
+from tests.bus.samples import a_cancel, a_request, a_result, login, until
 
 pytestmark = pytest.mark.faults
 
@@ -203,7 +203,7 @@ async def test_bytes_that_are_no_message_are_counted_and_do_not_stop_the_rest(
     heard: list[AnyMessage] = []
     await bus.subscribe(bus.subjects.control, heard.append)
     await bus.flush()
-    stranger = await nats.connect(server.url, token=server.token)
+    stranger = await nats.connect(server.url, **login(server))
     for garbage in (b"", b"\xc1", b"hello", b'{"a":1}', b"\x91\xa7Request", b"\x93\xa6Cancel\x63\x90"):
         await stranger.publish(bus.subjects.control, garbage)
     await stranger.flush()
@@ -217,7 +217,7 @@ async def test_garbage_on_the_request_stream_is_counted_and_followed_past(
     server: EmbeddedServer, join_nats: JoinNats
 ) -> None:
     bus = await join_nats("m")
-    stranger = await nats.connect(server.url, token=server.token)
+    stranger = await nats.connect(server.url, **login(server))
     await stranger.jetstream().publish(bus.subjects.request("batch", "acme"), b"garbage")
     await stranger.close()
     seq = await bus.accept(a_request("a"), "acme", "batch")
@@ -268,7 +268,7 @@ async def test_a_follower_outlives_its_consumer(server: EmbeddedServer, join_nat
     bus = await join_nats("m")
     seen: list[int] = []
     await bus.follow(lambda stored: seen.append(stored.seq))
-    stranger = await nats.connect(server.url, token=server.token)
+    stranger = await nats.connect(server.url, **login(server))
     js = stranger.jetstream()
     for consumer in await js.consumers_info(bus.subjects.request_stream):
         await js.delete_consumer(bus.subjects.request_stream, consumer.name)
@@ -290,7 +290,7 @@ async def test_a_changed_manifest_changes_the_queue_limit_and_keeps_the_requests
 
 
 async def test_a_stream_that_cannot_be_made_as_wanted_is_one_line(server: EmbeddedServer) -> None:
-    stranger = await nats.connect(server.url, token=server.token)
+    stranger = await nats.connect(server.url, **login(server))
     subjects = Subjects("test")
     await stranger.jetstream().add_stream(name=subjects.request_stream, subjects=["else.>"], storage="memory")
     await stranger.close()

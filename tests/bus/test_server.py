@@ -47,10 +47,11 @@ async def test_a_started_server_takes_connections_with_its_token_only(server: Em
 
 def test_the_token_is_in_private_files_and_not_on_the_command_line(server: EmbeddedServer, tmp_path: Path) -> None:
     assert server.pid is not None
-    assert server.token not in " ".join(psutil.Process(server.pid).cmdline())
+    password = server.token.partition(":")[2]
+    assert password not in " ".join(psutil.Process(server.pid).cmdline())
     holders = [path for path in (tmp_path / "state").glob("*") if path.is_file()]
-    holders = [path for path in holders if server.token.encode() in path.read_bytes()]
-    assert {path.name for path in holders} == {"nats.conf", "endpoint.json"}
+    holders = [path for path in holders if password.encode() in path.read_bytes()]
+    assert {path.name for path in holders} == {"accounts.conf", "endpoint.json"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in holders} == {0o600}
 
 
@@ -99,7 +100,7 @@ def test_two_servers_never_share_a_state(server: EmbeddedServer, tmp_path: Path)
 def test_other_processes_find_the_server_by_its_state(server: EmbeddedServer, tmp_path: Path) -> None:
     endpoint = read_endpoint(tmp_path / "state")
     assert endpoint is not None
-    assert (server.url, server.token) == (f"nats://127.0.0.1:{endpoint.port}", endpoint.token)
+    assert (server.url, server.token) == (f"nats://127.0.0.1:{endpoint.port}", endpoint.credentials)
 
 
 def test_a_state_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from llmserve.bus.metrics import BusMetrics
 from llmserve.bus.nats import connect
 from llmserve.bus.server import EmbeddedServer
 from llmserve.bus.telemetry import JsonLines, MetricsServer, TextLines
-from tests.bus.samples import until
+from tests.bus.samples import login, until
 
 
 def a_record(**extra: object) -> logging.LogRecord:
@@ -76,7 +76,7 @@ async def test_bus_metrics_show_the_round_trip_and_the_counters_of_all_connectio
     registry = CollectorRegistry()
     metrics = BusMetrics(registry)
     buses = [await connect(shared_server.url, shared_server.token, "metrics", member=name) for name in ("a", "b")]
-    stranger = await nats.connect(shared_server.url, token=shared_server.token)
+    stranger = await nats.connect(shared_server.url, **login(shared_server))
     for bus in buses:
         metrics.add(bus)
         await bus.subscribe(bus.subjects.control, lambda _: None)

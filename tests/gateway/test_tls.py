@@ -7,13 +7,16 @@ import ssl
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 
 from llmserve.gateway import tls
+from llmserve.gateway.http_bounds import HttpBounds
 from llmserve.gateway.tls import ServerTls
 from llmserve.manifests.errors import ManifestError
 from llmserve.manifests.schema import GatewayTls
 from tests.certificates import Authority
+from tests.gateway.toy import Toy
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -86,6 +89,22 @@ async def test_callers_without_a_certificate_of_the_authority_are_turned_away(tm
         with pytest.raises((ssl.SSLError, ConnectionError, AssertionError)):
             await serial(port, authority, client)
     server.close()
+
+
+async def test_the_api_is_https_and_a_client_that_does_not_read_is_disconnected_there_too(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("server")
+    toy, context = Toy(""), ssl.create_default_context(cafile=str(authority.file))
+    bounds = HttpBounds(header_bytes=2048, header_timeout_s=1, write_timeout_s=0.3)
+    async with (
+        toy.served(bounds, ServerTls(GatewayTls(cert=str(cert), key=str(key)))) as (_, port),
+        httpx.AsyncClient(verify=context, base_url=f"https://127.0.0.1:{port}") as client,
+    ):
+        assert (await client.post("/v1/chat/completions", content=b"12345")).text == "5"
+        _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, limit=1024)
+        writer.write(b"GET /endless HTTP/1.1\r\nhost: x\r\n\r\n")
+        await until(lambda: bool(toy.registry.get_sample_value("llmserve_slow_clients_total")))
+        writer.close()
 
 
 @pytest.mark.parametrize("missing", ["cert", "key", "client_ca"])

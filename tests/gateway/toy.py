@@ -17,6 +17,7 @@ from llmserve.gateway.caller import current_caller
 from llmserve.gateway.http_bounds import HttpBounds, bounded_protocol
 from llmserve.gateway.metrics import GatewayMetrics
 from llmserve.gateway.middleware import GatewayMiddleware, RequestBounds
+from llmserve.gateway.tls import ServerTls
 from llmserve.manifests.schema import Manifest
 from tests.manifests.samples import manifest
 
@@ -65,12 +66,21 @@ class Toy:
         return await self.client.post(path, content=body, headers=headers)
 
     @contextlib.asynccontextmanager
-    async def served(self, bounds: HttpBounds) -> AsyncIterator[tuple[str, int]]:
+    async def served(self, bounds: HttpBounds, tls: ServerTls | None = None) -> AsyncIterator[tuple[str, int]]:
         """Behind a real socket; (host, port)."""
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
         protocol = bounded_protocol(bounds, self.metrics)
-        server = uvicorn.Server(uvicorn.Config(self.app, http=protocol, lifespan="off", log_config=None, ws="none"))
+        server = uvicorn.Server(
+            uvicorn.Config(
+                self.app,
+                http=protocol,
+                lifespan="off",
+                log_config=None,
+                ws="none",
+                ssl_context_factory=None if tls is None else lambda *_: tls.context,
+            )
+        )
         serving = asyncio.create_task(server._serve([listener]))
         while not server.started:
             await asyncio.sleep(0.01)
