@@ -19,8 +19,7 @@ from llmserve.bus.messages import Role, Stage
 from llmserve.workers.engine.base import EngineDied
 from llmserve.workers.engine.vllm_core import Pages
 from llmserve.workers.engine.vllm_thread import ThreadCore
-from tests.workers.engine_vllm.driver import MODEL, Driver, Pair, body
-from tests.workers.engine_vllm.test_handoff import assert_same_up_to_a_tie
+from tests.workers.engine_vllm.driver import MODEL, Driver, Pair, assert_same_up_to_a_tie, body
 
 pytestmark = [pytest.mark.vllm, pytest.mark.faults]
 Prompt = Callable[..., list[int]]

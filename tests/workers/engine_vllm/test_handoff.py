@@ -148,8 +148,8 @@ async def test_a_lease_that_nobody_reads_frees_its_pages(pair: Pair, prompt: Pro
 
 
 async def test_pages_read_after_their_lease_are_noticed_and_computed_again(pair: Pair, prompt: Prompt) -> None:
-    data = body(prompt(1000))
-    reference = await pair.whole(data)
+    data = body(prompt(1000), logprobs=5)
+    reference = await pair.decode.run(Stage.WHOLE, data)
     first = await pair.prefill.run(Stage.PREFILL, data)
     await pair.prefill.until(lambda: first.last.work_id in pair.prefill.released, "the lease ends")
     others = [body(prompt(1500, f"Other {i}."), max_tokens=1) for i in range(pair.prefill.info.pages_total // 12 + 1)]
@@ -157,7 +157,7 @@ async def test_pages_read_after_their_lease_are_noticed_and_computed_again(pair:
     pair.decode.moved.clear()
     rest = await pair.decoded(data, first)
     assert [m.failure for m in pair.decode.moved] == ["stale"]
-    assert first.tokens + rest.tokens == reference
+    assert_same_up_to_a_tie(first.tokens + rest.tokens, reference)
     assert rest.first.computed_tokens == 1000
 
 
@@ -166,13 +166,13 @@ async def test_a_handoff_of_another_kind_of_engine_is_computed_again(pair: Pair,
 
     from llmserve.workers.connector.wire import decode_handoff, encode
 
-    data = body(prompt(200))
-    reference = await pair.whole(data)
+    data = body(prompt(200), logprobs=5)
+    reference = await pair.decode.run(Stage.WHOLE, data)
     first = await pair.prefill.run(Stage.PREFILL, data)
     pair.decode.moved.clear()
     other = encode(msgspec.structs.replace(decode_handoff(first.last.handoff), fingerprint="other"))
     rest = await pair.decode.run(Stage.DECODE, data, first_tokens=tuple(first.tokens), handoff=other)
-    assert first.tokens + rest.tokens == reference
+    assert_same_up_to_a_tie(first.tokens + rest.tokens, reference)
     assert [m.failure for m in pair.decode.moved] == ["fingerprint"]
     pair.prefill.engine.abort([first.last.work_id])
     await pair.prefill.all_free()
