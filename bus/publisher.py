@@ -142,8 +142,8 @@ class Publisher:
                 for task in done:
                     yield task.result()
             pending.add(asyncio.create_task(self._one(request)))
-        for task in asyncio.as_completed(pending):
-            yield await task
+        for last in asyncio.as_completed(pending):
+            yield await last
 
     async def _one(self, request: Mapping[str, object]) -> Json:
         body = request.get("body")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -28,7 +29,9 @@ def substituted(text: str, variables: dict[str, str]) -> str:
 class Services:
     """A deployment of separate processes; services may be started, killed and started again by name."""
 
-    def __init__(self, folder: Path, source: str = "compose.yaml", changes: dict[str, object] | None = None) -> None:
+    def __init__(
+        self, folder: Path, source: str = "compose.yaml", changes: Mapping[str, object] | None = None
+    ) -> None:
         self.folder = folder
         nats_port = free_port()
         self.key = "sk-test"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from llmserve.bus.messages import (
     Accepted,
     Failed,
@@ -16,7 +18,7 @@ from llmserve.bus.messages import (
     Role,
     Stage,
 )
-from llmserve.workers.actions import Task, Tell
+from llmserve.workers.actions import Action, Task, Tell
 from llmserve.workers.engine.base import EngineOutput
 
 
@@ -122,6 +124,14 @@ class Reports:
             lease_s=lease_s,
             params=output.handoff,
         )
+
+    @staticmethod
+    def handed_off_again(task: Task, now_s: float) -> list[Action]:
+        """The handoff of a task with what is left of its lease, if there is any."""
+        left_s = task.lease_until_s - now_s
+        if task.handed_off is None or left_s <= 0:
+            return []
+        return [Tell(replace(task.handed_off, lease_s=left_s))]
 
 
 def stage_of(role: Role) -> Stage:

@@ -62,7 +62,7 @@ class DirectClient(EngineCoreClient):  # type: ignore[misc]
         await cast(Awaitable[Any], self._requests.send_multipart(frames))
 
     async def get_output_async(self) -> EngineCoreOutputs:
-        frames = await cast(Awaitable[list[bytes]], self._outputs.recv_multipart())
+        frames = await self._outputs.recv_multipart()
         outputs: EngineCoreOutputs = self._decoder.decode(frames)
         return outputs
 
@@ -94,7 +94,7 @@ class EngineEnd:
 
     async def _take(self) -> None:
         while True:
-            head, *frames = await cast(Awaitable[list[bytes]], self._requests.recv_multipart())
+            head, *frames = await self._requests.recv_multipart()
             if head == ABORT:
                 self._engine.abort([frame.decode() for frame in frames])
             else:
@@ -124,7 +124,7 @@ async def serve(port: int, manifest_path: str) -> None:
         engine = await asyncio.create_subprocess_exec(*command)
         try:
             manifest, client = load(Path(manifest_path)), DirectClient(folder)
-            app = await build_vllm_app(manifest, client, fast_lane=False)  # type: ignore[arg-type]
+            app = await build_vllm_app(manifest, client, fast_lane=False)
             config = uvicorn.Config(app.app, host="127.0.0.1", port=port, log_level="warning", access_log=False)
             await uvicorn.Server(config).serve()
         finally:

@@ -18,6 +18,7 @@ import uvicorn
 import uvloop
 
 from llmserve.manifests.loader import load
+from llmserve.manifests.schema import Simulated
 
 Scope = MutableMapping[str, Any]
 CHUNK = (
@@ -75,7 +76,7 @@ class Floor:
 def main() -> None:
     kind, port, manifest = sys.argv[1:]
     if kind == "floor":
-        step_s = load(Path(manifest)).spec.engine.simulated.step_ms / 1000
+        step_s = (load(Path(manifest)).spec.engine.simulated or Simulated()).step_ms / 1000
         uvicorn.run(Floor(step_s), host="127.0.0.1", port=int(port), log_level="warning", access_log=False)
         return
     from tests.bench.direct import serve

@@ -261,4 +261,4 @@ def report(costs: dict[str, list[Cost]], memory: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

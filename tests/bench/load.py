@@ -59,7 +59,8 @@ class Load:
 async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, object]) -> Stream:
     """One streamed completion; a failure is a ``Stream`` with ``error`` set."""
     start = last = time.perf_counter()
-    ttft_s, pause_s, chunks, output_tokens, text, finish = 0.0, 0.0, 0, 0, [], None
+    ttft_s, pause_s, chunks, output_tokens, finish = 0.0, 0.0, 0, 0, None
+    text: list[str] = []
 
     def ended(error: str = "") -> Stream:
         now = time.perf_counter()

@@ -53,7 +53,7 @@ def vllm_server(folder: Path, *options: str, dtype: str = "bfloat16") -> Iterato
 
 
 @contextmanager
-def stack(source: str, folder: Path, changes: dict[str, object]) -> Iterator[Stack]:
+def stack(source: str, folder: Path, changes: Mapping[str, object]) -> Iterator[Stack]:
     folder = Path(tempfile.mkdtemp(dir=folder))
     manifest = manifest_with(source, folder, {"models.primary.served_name": SERVED, **changes})
     server = Stack(manifest, folder / f"{manifest.stem}.log")

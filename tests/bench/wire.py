@@ -95,7 +95,8 @@ async def connect(url: str, count: int) -> list[Wire]:
     """``count`` connections to the server."""
     parts = urlsplit(url)
     loop = asyncio.get_running_loop()
-    made = [await loop.create_connection(Wire, parts.hostname, parts.port) for _ in range(count)]
+    host, port = parts.hostname or "127.0.0.1", parts.port or 80
+    made = [await loop.create_connection(Wire, host, port) for _ in range(count)]
     return [wire for _, wire in made]
 
 

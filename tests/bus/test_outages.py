@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from functools import partial
 
 import nats
 import pytest
@@ -150,6 +151,10 @@ async def test_epochs_grow_over_a_killed_server(server: EmbeddedServer, join_nat
     assert await two.lead("two") > first
 
 
+def _reached(calls: list[int], number: int) -> bool:
+    return len(calls) == number
+
+
 async def test_callbacks_run_after_every_reconnect(server: EmbeddedServer, join_nats: JoinNats) -> None:
     bus = await join_nats("m")
     calls: list[int] = []
@@ -160,7 +165,7 @@ async def test_callbacks_run_after_every_reconnect(server: EmbeddedServer, join_
     bus.on_reconnect(note)
     for i in range(2):
         await outage(server, 0.0)
-        await until(lambda i=i: len(calls) == i + 1)
+        await until(partial(_reached, calls, i + 1))
     assert bus.counters.reconnects == 2
 
 

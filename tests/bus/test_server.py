@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -131,13 +132,16 @@ def test_it_refuses_to_start_from_a_thread_that_would_take_it_along(tmp_path: Pa
     assert "main thread" in str(errors[0])
 
 
+def _lives_again(server: EmbeddedServer, killed: int) -> bool:
+    return server.alive and server.pid != killed
+
+
 async def test_a_supervised_server_comes_back_on_the_same_port(server: EmbeddedServer) -> None:
     url = server.url
     supervisor = asyncio.create_task(server.supervise())
     for _ in range(2):
         await asyncio.sleep(0.1)
-        killed = kill(server)
-        await until(lambda killed=killed: server.pid != killed and server.alive)
+        await until(partial(_lives_again, server, kill(server)))
     bus = await connect(url, server.token, "test", member="m")
     await bus.round_trip_s()
     await bus.close()

@@ -111,7 +111,9 @@ def settled(services: Services, workers: list[str]) -> None:
             )
         return figures
 
+    began_s = time.monotonic()
     wait_for(lambda: not any(left().values()), LEASE_S + 2, f"all pages to be free: {left()}")
+    print(f"all pages free {time.monotonic() - began_s:.1f} s after the last stream's end")
 
 
 def served(services: Services) -> bool:

@@ -78,7 +78,7 @@ class BatchGateway:
 
     def client(self, key: str) -> openai.AsyncOpenAI:
         http = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://gw")
-        return openai.AsyncOpenAI(api_key=key, base_url="http://gw/v1", http_client=http, max_retries=0)
+        return openai.AsyncOpenAI(api_key=key, base_url="http://gw/v1", http_client=http, max_retries=0)  # type: ignore[arg-type]
 
     async def kill(self) -> None:
         """As if the process had died: nothing is given back."""

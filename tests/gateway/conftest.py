@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import msgspec
@@ -74,7 +75,7 @@ class World:
         self.bus.on_accept = script
         return script
 
-    def beat(self, role: Role, **fields: bool) -> None:
+    def beat(self, role: Role, **fields: Any) -> None:
         beat = Heartbeat(member=f"m-{role.value}", role=role, host="h", pid=1, **fields)
         self.bus.publish(self.bus.subjects.heartbeats, beat)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmserve.bus.base import BusUnavailable, QueueFull
+from llmserve.bus.base import BusUnavailable, QueueFull, StoredRequest
 from llmserve.bus.messages import Rejected, Role
 from tests.gateway.conftest import KEYS, World
 from tests.gateway.test_api import CHAT, TEXT, until
@@ -131,7 +131,10 @@ async def test_no_token_within_the_deadline_is_504(world: World) -> None:
 
 
 async def test_a_request_that_loses_all_its_attempts_is_500(world: World) -> None:
-    world.bus.on_accept = lambda stored: asyncio.get_running_loop().call_soon(world.bus.lose, stored) and None
+    def lose(stored: StoredRequest) -> None:
+        asyncio.get_running_loop().call_soon(world.bus.lose, stored)
+
+    world.bus.on_accept = lose
     status, error, _ = await post(world, CHAT)
     assert (status, "5 attempts" in error["message"]) == (500, True)
     assert len(world.bus.accepted) == 5

@@ -34,7 +34,8 @@ def a_page(values: int = 4096, dtype: ValueType = "bf16", seed: int = 1, scale: 
     generator = torch.Generator().manual_seed(seed)
     # Channels differ by orders of magnitude, as keys do.
     drawn = torch.randn(values, generator=generator) * torch.logspace(-2, 1, 64).repeat(values // 64) * scale
-    return drawn.to(TORCH[dtype]).view(torch.uint8).numpy()
+    page: Bytes = drawn.to(TORCH[dtype]).view(torch.uint8).numpy()
+    return page
 
 
 def numbers(page: Bytes, dtype: str = "bf16") -> torch.Tensor:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ class End:
         self.mover = Mover(list(self.engines.values()), bucket, probe=regions[2] if probes else None)
 
     def order(
-        self, other: End, pages: list[int], *, fence: bool = True, ends: Ends | None = None, **kinds: float
+        self, other: End, pages: list[int], *, fence: bool = True, ends: Ends | None = None, **kinds: Any
     ) -> None:
         """Fetch the other's pages to the same places."""
         here, there = int(self.pages.ctypes.data), int(other.pages.ctypes.data)
@@ -60,7 +60,7 @@ class End:
         (ended,) = eventually(self.mover.take_ended)
         return ended
 
-    def fetch(self, other: End, pages: list[int] | None = None, **kinds: float) -> Fetched:
+    def fetch(self, other: End, pages: list[int] | None = None, **kinds: Any) -> Fetched:
         self.order(other, pages if pages is not None else [1, 2, 5], **kinds)
         return self.ended()
 

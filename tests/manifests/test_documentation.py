@@ -36,13 +36,13 @@ def test_type_and_default_are_those_of_the_struct(field: DocumentedField) -> Non
 
 
 def test_every_example_is_a_value_that_the_field_takes() -> None:
-    tenants = {"default": {}, "premium": {}, "acme-web": {}, "acme-batch": {}}
+    tenants: dict[str, object] = {"default": {}, "premium": {}, "acme-web": {}, "acme-batch": {}}
     for path, row in _rows().items():
         text = row["example"]
         if text == "none":
             continue
-        manifest = {"metadata": {"name": "d"}, "spec": {"models": {"primary": {"id": "m"}}}}
-        spec: dict[str, object] = manifest["spec"]
+        spec: dict[str, object] = {"models": {"primary": {"id": "m"}}}
+        manifest = {"metadata": {"name": "d"}, "spec": spec}
         spec["scheduling"] = {"fair_share": {"tenants": dict(tenants)}}
         spec["security"] = {"api_keys": ["env:KEY"]}
         if path.startswith("spec.models.draft."):

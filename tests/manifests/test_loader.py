@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -192,10 +193,10 @@ def _mutated(draw: st.DrawFn) -> str:
     """The example with a few values replaced, removed or added anywhere."""
     root = yaml.safe_load(EXAMPLE)
     for _ in range(draw(st.integers(1, 4))):
-        node: object = root
+        node: Any = root
         while True:
             if isinstance(node, list) and node:
-                place: object = draw(st.integers(0, len(node) - 1))
+                place: Any = draw(st.integers(0, len(node) - 1))
             elif isinstance(node, dict) and node:
                 place = draw(st.sampled_from(list(node)))
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from msgspec.structs import replace as changed
@@ -199,7 +200,7 @@ async def test_a_grant_delivered_twice_runs_once_and_is_answered_again(world: Wo
 # -- handoff
 
 
-async def handed_off(world: World, prefill_options: dict[str, object] | None = None, **fields: object) -> HandedOff:
+async def handed_off(world: World, prefill_options: dict[str, Any] | None = None, **fields: Any) -> HandedOff:
     worker = await world.worker(Role.PREFILL, **(prefill_options or {}))
     await world.grant(worker, request(prompt=PROMPT, **fields))
     await until(lambda: world.events.of(HandedOff))

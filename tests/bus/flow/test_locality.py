@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -18,12 +19,12 @@ from tests.bus.flow.world import beat, request, stored
 BLOCK = 16
 
 
-def worker(name: str, role: Role = Role.PREFILL, **fields: object) -> Heartbeat:
-    defaults: dict[str, object] = {
+def worker(name: str, role: Role = Role.PREFILL, **fields: Any) -> Heartbeat:
+    defaults: dict[str, Any] = {
         "prefill_tokens": 4096, "slots": 64, "pages_total": 10_000, "pages_free": 10_000, "page_tokens": BLOCK,
         "max_model_len": 100_000,
     }  # fmt: skip
-    return beat(name, role, **(defaults | fields))  # type: ignore[arg-type]
+    return beat(name, role, **(defaults | fields))
 
 
 def holds(
@@ -40,7 +41,7 @@ def asks(seq: int, hashes: range, tokens: int | None = None, tenant: str = "a") 
     return stored(seq, tenant, replace(made, block_tokens=BLOCK, block_hashes=pack_short(hashes)))
 
 
-def pool(*names: str, **fields: object) -> Driver:
+def pool(*names: str, **fields: Any) -> Driver:
     d = Driver(RouterSettings())
     d.tell(worker("d", Role.DECODE, slots=1000), *(worker(name, **fields) for name in names))
     return d
@@ -97,7 +98,7 @@ def test_a_tier_counts_by_its_measured_load_time_against_recomputation(
     loads: dict[str, float], expected: str | None
 ) -> None:
     d = Driver(RouterSettings())
-    rates = {"prefill_tokens_s": 1000.0, "load_tokens_s": loads}
+    rates: dict[str, Any] = {"prefill_tokens_s": 1000.0, "load_tokens_s": loads}
     d.tell(worker("d", Role.DECODE, slots=1000), worker("p1", host="h1", **rates), worker("p2", host="h2", **rates))
     d.tell(holds("kv", range(60), Tier.S3, host="h1", fingerprint=fingerprint_of(d)))
     placed = set()

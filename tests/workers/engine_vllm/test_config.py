@@ -85,10 +85,8 @@ def test_the_draft_is_loaded_by_prefill_workers_too_since_its_pages_are_handed_o
 
 
 def test_pages_with_and_without_a_draft_are_of_different_kinds() -> None:
-    kinds = {
-        args(**spec)["kv_transfer_config"]["kv_connector_extra_config"]["model_id"]
-        for spec in ({}, {"draft": {"id": "d"}})
-    }
+    specs: tuple[dict[str, Any], ...] = ({}, {"draft": {"id": "d"}})
+    kinds = {args(**spec)["kv_transfer_config"]["kv_connector_extra_config"]["model_id"] for spec in specs}
     assert kinds == {"m", "m + d"}
 
 

@@ -50,7 +50,8 @@ def stage(stage: Stage, data: bytes, **work: Any) -> Staged:
 
 def kv(staged: Staged) -> dict[str, Any]:
     assert staged.request.sampling_params is not None
-    return (staged.request.sampling_params.extra_args or {}).get("kv_transfer_params", {})
+    params: dict[str, Any] = (staged.request.sampling_params.extra_args or {}).get("kv_transfer_params", {})
+    return params
 
 
 def params(staged: Staged) -> SamplingParams:
