@@ -108,15 +108,15 @@ def turns(
     return loads
 
 
-def real_engines(folder: Path, figures: dict[str, float]) -> None:
+def real_engines(folder: Path, figures: dict[str, float], rounds: int) -> None:
     """TTFT at concurrency 1 and throughput at 16, on the real model."""
     with ExitStack() as servers:
         urls = {"vllm serve": servers.enter_context(vllm_server(folder))}
         urls["prefill + decode"] = servers.enter_context(stack("local.yaml", folder, {})).url
         both = {"deployment.replicas": {"prefill": 0, "decode": 1}}
         urls["both roles"] = servers.enter_context(stack("local.yaml", folder, both)).url
-        idle = turns(urls, ROUNDS, 6, 200, 16, 1)
-        busy = turns(urls, ROUNDS, 32, 200, 64, 16)
+        idle = turns(urls, rounds, 6, 200, 16, 1)
+        busy = turns(urls, rounds, 32, 200, 64, 16)
     print(f"\n{'real model, 200-token prompts':<32}{'TTFT p50 ms (1)':>18}{'ITL ms (1)':>12}{'tokens/s (16)':>16}")
     ttft: dict[str, float] = {}
     rate: dict[str, float] = {}
@@ -133,7 +133,7 @@ def real_engines(folder: Path, figures: dict[str, float]) -> None:
     figures["throughput_ratio_both_roles"] = rate["both roles"] / rate["vllm serve"]
 
 
-def simulated_engines(folder: Path, figures: dict[str, float]) -> None:
+def simulated_engines(folder: Path, figures: dict[str, float], rounds: int) -> None:
     """Requests per second of 128 streams of 64 tokens, on simulated engines."""
     with ExitStack() as servers:
         urls = {
@@ -141,7 +141,7 @@ def simulated_engines(folder: Path, figures: dict[str, float]) -> None:
             "vllm": servers.enter_context(frontend("vllm", folder))[0],
             "floor": servers.enter_context(frontend("floor", folder))[0],
         }
-        loads = turns(urls, 3, 512, 32, 64, 128)
+        loads = turns(urls, rounds, 512, 32, 64, 128)
     names = {
         "llmserve": "llmserve up, sim.yaml",
         "vllm": "vLLM's own server, no bus, no router",
@@ -165,13 +165,15 @@ def save(target: Path, figures: dict[str, float], *, keep: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=["real", "sim"], help="this part; the other part's figures stay")
-    only = parser.parse_args().only
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="measurements of each server, after a warm-up")
+    options = parser.parse_args()
+    only = options.only
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="llmserve-bench-") as name:
         if only != "sim":
-            real_engines(Path(name), figures)
+            real_engines(Path(name), figures, options.rounds)
         if only != "real":
-            simulated_engines(Path(name), figures)
+            simulated_engines(Path(name), figures, options.rounds)
     save(ROOT / "build" / "bench" / "path.json", figures, keep=only is not None)
     print()
     for key, value in figures.items():
