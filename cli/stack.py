@@ -27,6 +27,7 @@ from llmserve.manifests.gpus import engine_gpus
 from llmserve.manifests.machine import probe_machine
 from llmserve.manifests.schema import Manifest
 from llmserve.manifests.state import state_dir
+from llmserve.workers.kv import KvService
 from llmserve.workers.metrics import WorkerMetrics
 from llmserve.workers.router_service import RouterService
 from llmserve.workers.service import WorkerService
@@ -92,6 +93,8 @@ class Stack:
             await asyncio.to_thread(_import_vllm)
         async with asyncio.TaskGroup() as parts:
             parts.create_task(self._start_gateway(endpoint))
+            if self.manifest.spec.storageClasses:
+                parts.create_task(self._start_kv(endpoint))
             for (role, index), gpus in zip(self._engines(), self._gpus(), strict=True):
                 parts.create_task(self._start_worker(endpoint, role, f"{role}-{index}", gpus))
         self._spawn(self._bus_metrics.run(), "bus metrics")
@@ -159,6 +162,14 @@ class Stack:
             service = RouterService(bus, RouterSettings.from_manifest(self.manifest), self.registry)
             self._spawn(service.run(), "router")
         self._closing.push_async_callback(service.stop)
+
+    async def _start_kv(self, endpoint: BusEndpoint) -> None:
+        names = ", ".join(storage.name for storage in self.manifest.spec.storageClasses)
+        async with self._progress.part("kv", f"keeps the pages in {names}"):
+            bus = await self._connect(endpoint, "kv")
+            service = KvService(self.manifest, bus, "kv", self.registry)
+            self._closing.push_async_callback(service.stop)
+        self._spawn(service.run(), "kv")
 
     async def _start_gateway(self, endpoint: BusEndpoint) -> None:
         async with self._progress.part("gateway", "vLLM's OpenAI server, without an engine"):

@@ -12,6 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from llmserve.manifests.schema import Manifest
+from llmserve.manifests.sizes import GB
+
 ALL_RANKS = "all"
 """Rank of a page that holds the shards of all ranks of its engine, one after the other, as the tiers keep it."""
 SUFFIX = ".kv"
@@ -75,3 +78,11 @@ def spaces(tenants: Sequence[str], sharing: Mapping[str, Sequence[str]]) -> dict
     for tenant in tenants:
         found.setdefault(space_of(tenant, sharing), []).append(tenant)
     return found
+
+
+def hot_bytes(manifest: Manifest) -> dict[str, float]:
+    """Hot sets by space; a group that shares has those of its members together."""
+    spec = manifest.spec
+    wishes = spec.kv_cache.eviction.tenant_hotset_gb if spec.kv_cache.eviction is not None else {}
+    groups = spaces(list(wishes), spec.security.cache_sharing)
+    return {space: sum(wishes[tenant] for tenant in tenants) * GB for space, tenants in groups.items()}

@@ -86,6 +86,7 @@ def _budgets(spec: Spec) -> Iterator[Problem]:
 
 
 def _kv_cache(spec: Spec) -> Iterator[Problem]:
+    yield from _tiers(spec)
     eviction = spec.kv_cache.eviction
     if eviction is None:
         return
@@ -100,6 +101,20 @@ def _kv_cache(spec: Spec) -> Iterator[Problem]:
         yield from _unknown_tenant(spec, tenant, (*at, "tenant_hotset_gb", tenant))
 
 
+def _tiers(spec: Spec) -> Iterator[Problem]:
+    kv_cache, at = spec.kv_cache, ("spec", "kv_cache")
+    if not spec.storageClasses:
+        for field in ("disk_dtype", "encryption"):
+            if getattr(kv_cache, field) is not None:
+                yield Problem((*at, field), "has no effect without spec.storageClasses")
+        if kv_cache.eviction is not None and kv_cache.dram_gb is None:
+            yield Problem((*at, "eviction"), "has no effect without spec.storageClasses or spec.kv_cache.dram_gb")
+    if kv_cache.encryption is not None and not kv_cache.encryption.startswith("env:"):
+        yield Problem((*at, "encryption"), "must be env:NAME: the key does not belong into the manifest")
+    elif kv_cache.encryption is not None and (message := secret_problem(kv_cache.encryption)):
+        yield Problem((*at, "encryption"), message)
+
+
 def _storage(spec: Spec) -> Iterator[Problem]:
     for name, count in Counter(storage.name for storage in spec.storageClasses).items():
         if count > 1:
@@ -109,7 +124,7 @@ def _storage(spec: Spec) -> Iterator[Problem]:
         needed = "path" if storage.type == "filesystem" else "bucket"
         if not getattr(storage, needed):
             yield Problem((*at, needed), f"missing; a storage class of type {storage.type} needs it")
-        foreign = ("bucket", "region") if storage.type == "filesystem" else ("path", "gds")
+        foreign = ("bucket", "region", "endpoint_url", "prefix") if storage.type == "filesystem" else _FILES_ONLY
         for field in foreign:
             if value := getattr(storage, field):
                 yield Problem((*at, field), f"{shown(value)} has no meaning for type {storage.type}")
@@ -219,6 +234,7 @@ def _unknown_tenant(spec: Spec, tenant: str, path: tuple[str | int, ...]) -> Ite
         )
 
 
+_FILES_ONLY = ("path", "gds", "fsync")
 _RULES: tuple[Callable[[Spec], Iterator[Problem]], ...] = (
     _models,
     _engine,

@@ -16,6 +16,7 @@ from llmserve.manifests.sizes import (
     block_size,
     decode_engines,
     device,
+    dram_bytes,
     engine_kv_space_bytes,
     engine_ranks,
     engine_transfer_gbps,
@@ -170,7 +171,10 @@ def _roles(manifest: Manifest, on: Device, weight_bytes: int | None, kv_bytes: i
     external = spec.bus.url is not None
     embedded_in = "child of llmserve up" if local else host
     nats = RolePlan("nats", 1, "external" if external else embedded_in, 0 if external else 1)
-    fixed = (nats, RolePlan("gateway", 1, host, one), RolePlan("router", 1, host, one))
+    fixed: tuple[RolePlan, ...] = (nats, RolePlan("gateway", 1, host, one), RolePlan("router", 1, host, one))
+    if spec.storageClasses:
+        # One for each node; Kubernetes has more than this plan knows.
+        fixed = (*fixed, RolePlan("kv", 1, host, one))
     decode = decode_engines(manifest)
     if not prefill_engines(manifest):
         return (*fixed, engines("both", decode, resources.decode_gpu))
@@ -187,6 +191,7 @@ def _host_memory(manifest: Manifest, on: Device, roles: tuple[RolePlan, ...]) ->
     total = _PYTHON_BYTES * (1 + processes) if manifest.spec.deployment.mode == "local" else _PYTHON_BYTES * processes
     if manifest.spec.engine.kind == "simulated":
         return total + _SIMULATED_BYTES * sum(role.replicas for role in roles)
+    total += (dram_bytes(manifest) or 0) * (prefill_engines(manifest) + decode_engines(manifest))
     if on == "cuda":
         return total
     for role in roles:
@@ -220,12 +225,20 @@ def _bound(value: float | None) -> str:
 
 
 def _tiers(manifest: Manifest, on: Device) -> tuple[str, ...]:
+    spec = manifest.spec
     memory = "memory of the engines" if on == "cpu" else "HBM of the engines"
-    reuse = "prefixes are reused" if manifest.spec.kv_cache.prefix_caching else "prefixes are not reused"
-    return (
-        f"{memory}, {manifest.spec.kv_cache.hbm_dtype}, {reuse}",
-        *(f"{item.name}: {item.type}, not supported yet" for item in manifest.spec.storageClasses),
-    )
+    reuse = "prefixes are reused" if spec.kv_cache.prefix_caching else "prefixes are not reused"
+    lines = [f"{memory}, {spec.kv_cache.hbm_dtype}, {reuse}"]
+    if (size := dram_bytes(manifest)) is not None:
+        lines.append(f"DRAM: {size / GB:g} GB for each engine")
+    sealed = "" if spec.kv_cache.encryption is None else ", AES-256-GCM"
+    for storage in spec.storageClasses:
+        place = storage.path or f"bucket {storage.bucket}" + (
+            f" at {storage.endpoint_url}" if storage.endpoint_url else ""
+        )
+        bound = "no bound" if storage.capacity_gb is None else f"{storage.capacity_gb:g} GB"
+        lines.append(f"{storage.name}: {storage.type}, {place}, {spec.kv_cache.disk_dtype or 'raw'}{sealed}, {bound}")
+    return tuple(lines)
 
 
 def _ladder(manifest: Manifest, machine: Machine) -> tuple[Rung, ...]:
@@ -285,6 +298,12 @@ def _warnings(
             yield f"KV space of {pages} pages for each engine; one request of the full length needs {needed}"
     if local and memory is not None and memory > machine.memory_bytes:
         yield f"{memory / GB:.1f} GB of memory needed, {machine.memory_bytes / GB:.1f} GB here"
+    for storage in manifest.spec.storageClasses:
+        if storage.gds:
+            yield (
+                f"{storage.name}: gds: pages are stored encoded, so GPUs cannot read them themselves; they are read "
+                "past the page cache (O_DIRECT) where the filesystem can"
+            )
     if local:
         yield from _device_warnings(manifest, machine, roles)
 

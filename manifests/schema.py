@@ -118,6 +118,12 @@ class KVCache(Part, frozen=True, kw_only=True):
     prefix_caching: bool = True
     hbm_dtype: Literal["auto", "fp16", "bf16", "fp8"] = "auto"
     disk_dtype: Literal["raw", "int8", "zstd"] | None = None
+    """How pages are kept in the storage classes: as they are, compressed, or quantized and compressed; raw by
+    default."""
+    dram_gb: PositiveFloat | None = None
+    """DRAM tier of each engine, over all its ranks; 1 GB by default where there are storage classes, else none."""
+    encryption: str | None = None
+    """``env:NAME`` of a key of 32 bytes, hex or base64: pages in the storage classes are sealed with AES-256-GCM."""
     eviction: Eviction | None = None
 
 
@@ -129,6 +135,17 @@ class StorageClass(Part, frozen=True, kw_only=True):
     bucket: str | None = None
     region: str | None = None
     prefetch_on_prefix: bool = False
+    """When the first pages of a prefix are read, those that follow are brought one tier up."""
+    prefix: str = ""
+    """Of the objects' keys, in a bucket that holds other things too."""
+    endpoint_url: str | None = None
+    """Of a server that speaks S3; that of AWS in ``region`` by default."""
+    capacity_gb: PositiveFloat | None = None
+    """Pages are evicted above it; no bound by default."""
+    fsync: bool = False
+    """Each page is safe from power cuts before it counts. Without it a power cut costs the last pages written."""
+    timeout_s: PositiveFloat = 5.0
+    """Deadline of one read or write, with all its retries."""
 
 
 class NixlOptions(Part, frozen=True, kw_only=True):

@@ -108,3 +108,22 @@ def engine_transfer_gbps(manifest: Manifest) -> float | None:
     """Rate in 10**9 bits a second at which one decode engine may receive pages; None is no bound."""
     total = manifest.spec.budgets.max_kv_io_gbps
     return None if total is None else total / decode_engines(manifest)
+
+
+def dram_bytes(manifest: Manifest) -> int | None:
+    """DRAM tier of one engine; None without one."""
+    kv_cache = manifest.spec.kv_cache
+    if kv_cache.dram_gb is not None:
+        return int(kv_cache.dram_gb * GB)
+    return GB if manifest.spec.storageClasses else None
+
+
+TIER_IO_PART = 0.5
+"""Of ``budgets.max_kv_io_gbps`` for the tiers, where there are some; handoffs have the rest."""
+
+
+def tier_io_bytes_s(manifest: Manifest) -> float | None:
+    """Bytes a second that one engine, or the kv manager, may move to and from storage classes; None is no bound."""
+    gbps = manifest.spec.budgets.max_kv_io_gbps
+    users = prefill_engines(manifest) + decode_engines(manifest) + 1
+    return None if gbps is None else gbps * 1e9 / 8 * TIER_IO_PART / users

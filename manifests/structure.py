@@ -11,7 +11,7 @@ import msgspec.inspect as types
 
 from llmserve.manifests.errors import FieldPath, Problem, shown
 
-_SECRET_FIELDS = {("spec", "bus", "token"), ("spec", "bus", "url")}
+_SECRET_FIELDS = {("spec", "bus", "token"), ("spec", "bus", "url"), ("spec", "kv_cache", "encryption")}
 _KEYS = ("spec", "security", "api_keys")
 _INT64_MAX = 2**63 - 1
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llmserve.manifests.errors import FieldPath, ManifestError, dotted, shown
+from llmserve.manifests.errors import FieldPath, ManifestError, dotted
 from llmserve.manifests.schema import Manifest, Spec
 
-_NO_TIERS = "KV pages stay in the engines' memory; tiers below it come later"
 _NO_BATCH = "batch class work comes later"
 
 
@@ -45,12 +44,5 @@ def _found(spec: Spec) -> Iterator[tuple[FieldPath, str, str]]:
     slots = spec.scheduling.policies.min_decode_slots
     if slots:
         yield (*scheduling, "policies", "min_decode_slots"), str(slots), _NO_BATCH
-    kv_cache, at = spec.kv_cache, ("spec", "kv_cache")
-    if kv_cache.disk_dtype is not None:
-        yield (*at, "disk_dtype"), kv_cache.disk_dtype, _NO_TIERS
-    if kv_cache.eviction is not None:
-        yield (*at, "eviction"), shown({}), _NO_TIERS
-    for index, storage in enumerate(spec.storageClasses):
-        yield ("spec", "storageClasses", index), storage.name, _NO_TIERS
     if spec.deployment.mode == "k8s":
         yield ("spec", "deployment", "mode"), "k8s", "only local, and docker-compose.yml"

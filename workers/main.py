@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import logging
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -21,8 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from llmserve.bus.base import BusError
 from llmserve.bus.endpoint import BusEndpoint, bus_endpoint
-from llmserve.bus.membership import Beater
-from llmserve.bus.messages import Heartbeat, Role
+from llmserve.bus.messages import Role
 from llmserve.bus.subjects import is_token
 from llmserve.manifests.errors import ManifestError
 from llmserve.manifests.loader import load, resolve
@@ -217,25 +215,17 @@ class _Part:
         return 0
 
     async def manage_kv(self, signals: _Signals) -> int:
-        from llmserve.workers.kv import KvManager
+        from llmserve.workers.kv import KvService
 
-        member = f"{self.options.name}-{secrets.token_hex(4)}"
-
-        def heartbeat(*, leaving: bool = False) -> Heartbeat:
-            host, pid = socket.gethostname(), os.getpid()
-            return Heartbeat(member=member, role=Role.KV, host=host, pid=pid, leaving=leaving)
-
-        beater = Beater(self.bus, heartbeat)
-        beater.start()
-        running = asyncio.create_task(KvManager(self.registry).run())
-        self._say("gives back what dead engines of this node left in shared memory; no tiers yet")
+        service = KvService(self.manifest, self.bus, self.options.name, self.registry, metrics_port=self.metrics_port)
+        running = asyncio.create_task(service.run())
+        self._say(service.duty)
         try:
             if await _unless(signals.first, running):
                 await running
             return 0
         finally:
-            await beater.stop()
-            self.bus.publish(self.bus.subjects.heartbeats, heartbeat(leaving=True))
+            await service.stop()
 
     def _say(self, what: str) -> None:
         print(f"{self.options.role} {self.options.name} {what}; metrics: {self.metrics_url}", flush=True)

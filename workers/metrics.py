@@ -12,6 +12,18 @@ from llmserve.workers.state import WorkerState
 _STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.3, 2.6, 5.0)
 _TRANSFER_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _LABELS = ("worker", "role")
+_TIER_COUNTS = {
+    "loads": "Pages read from a storage class",
+    "load_bytes": "Bytes of pages read, as stored",
+    "load_s": "Seconds spent on reading pages",
+    "stores": "Pages written to a storage class",
+    "store_bytes": "Bytes of pages written, as stored",
+    "store_s": "Seconds spent on writing pages",
+    "dropped": "Pages that were not written",
+    "bad": "Pages that were damaged, and are deleted",
+    "failures": "Calls that the storage class refused or did not answer in time",
+}
+"""By the names of ``kvstore.tiers.TierStats``."""
 
 
 class WorkerMetrics:
@@ -64,6 +76,15 @@ class WorkerMetrics:
             "llmserve_engine_restarts", "Engines started again after they died", _LABELS, registry=registry
         )
 
+        tier = (*_LABELS, "tier")
+        self.tier_counts = {
+            what: Counter(f"llmserve_tier_{what}", text, tier, registry=registry)
+            for what, text in _TIER_COUNTS.items()
+        }
+        self.tier_open = Gauge(
+            "llmserve_tier_out_of_use", "1 while the tier is left alone since it fails", tier, registry=registry
+        )
+
     def of(self, worker: str, role: Role) -> OneWorker:
         return OneWorker(self, worker, role)
 
@@ -95,6 +116,11 @@ class OneWorker:
                     self._reused(output.cached_tokens, output.loaded_tokens)
         for transfer in step.transfers:
             self._transferred(transfer)
+        for tier, counts in step.tiers.items():
+            for what, value in counts.items():
+                if what in self._families.tier_counts:
+                    self._families.tier_counts[what].labels(*self._labels, tier).inc(value)
+            self._families.tier_open.labels(*self._labels, tier).set(counts.get("open", 0))
 
     def _reused(self, cached_tokens: int, loaded_tokens: int) -> None:
         for source, tokens in (("gpu", cached_tokens - loaded_tokens), ("loaded", loaded_tokens)):

@@ -42,12 +42,20 @@ class FilesystemStore(PageStore):
     shared = False
 
     def __init__(
-        self, name: str, root: str | Path, *, fsync: bool = False, direct: bool = False, threads: int = 4
+        self,
+        name: str,
+        root: str | Path,
+        *,
+        fsync: bool = False,
+        direct: bool = False,
+        threads: int = 4,
+        timeout_s: float = 30.0,
     ) -> None:
         self.name = name
         self._root = Path(root)
         self._fsync = fsync
         self._direct = direct
+        self._timeout_s = timeout_s
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"pages-{name}")
         self._numbers = itertools.count()
 
@@ -80,8 +88,12 @@ class FilesystemStore(PageStore):
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, call: Callable[[], T]) -> T:
+        # A disk that hangs keeps a thread, and what it yields in the end goes nowhere.
+        running = asyncio.get_running_loop().run_in_executor(self._pool, call)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+            return await asyncio.wait_for(running, self._timeout_s)
+        except TimeoutError as error:
+            raise StoreError(f"{self.name}: no answer within {self._timeout_s:g} s") from error
         except (OSError, RuntimeError) as error:
             raise StoreError(f"{self.name}: {error}") from error
 

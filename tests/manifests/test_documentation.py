@@ -59,8 +59,10 @@ def test_every_example_is_a_value_that_the_field_takes() -> None:
             spec["gateway"] = {"tls": {"cert": "/c", "key": "/k"}}
         if path.startswith("spec.security.oidc"):
             spec["security"] = {"oidc": [{"issuer": "https://i", "audience": "a"}]}
+        if path.startswith("spec.kv_cache"):
+            spec["storageClasses"] = [{"name": "s", "type": "filesystem", "path": "/p"}]
         if path.startswith("spec.storageClasses"):
-            of_s3 = path.endswith(("bucket", "region"))
+            of_s3 = path.endswith(("bucket", "region", ".prefix", "endpoint_url"))
             store = {"type": "s3", "bucket": "b"} if of_s3 else {"type": "filesystem", "path": "/p"}
             spec["storageClasses"] = [{"name": "s", **store}]
         _put(manifest, path, yaml.safe_load("''" if text == "empty" else text))

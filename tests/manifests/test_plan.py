@@ -123,9 +123,10 @@ def test_the_plan_of_the_local_manifest() -> None:
 def test_the_plan_of_the_example() -> None:
     plan = make_plan(parse(EXAMPLE, "example"), LAPTOP, MISTRAL)
     assert (plan.device, plan.mode) == ("cuda", "k8s")
-    assert [(role.role, role.replicas, role.gpus) for role in plan.roles[3:]] == [("prefill", 4, 2), ("decode", 8, 2)]
-    assert plan.roles[3].kv_bytes == 5 * GB
-    assert plan.roles[3].weight_bytes is None, "the draft model is not here"
+    assert [(role.role, role.replicas, role.gpus) for role in plan.roles[4:]] == [("prefill", 4, 2), ("decode", 8, 2)]
+    assert plan.roles[3].role == "kv"
+    assert plan.roles[4].kv_bytes == 5 * GB
+    assert plan.roles[4].weight_bytes is None, "the draft model is not here"
     assert plan.block is not None
     assert (plan.block.tokens, plan.block.actual_kb) == (16, 1024)
     assert [(rung.engine, rung.available, rung.note) for rung in plan.ladder[1:]] == [

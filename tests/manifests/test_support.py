@@ -15,10 +15,6 @@ def test_each_such_field_of_the_example_is_named_with_its_value() -> None:
     assert [(item.path, item.value) for item in found] == [
         ("spec.scheduling.fair_share.tenants.premium.ttft_slo_ms", "300"),
         ("spec.scheduling.policies.min_decode_slots", "2"),
-        ("spec.kv_cache.disk_dtype", "int8"),
-        ("spec.kv_cache.eviction", "a mapping"),
-        ("spec.storageClasses[0]", "fast-nvme"),
-        ("spec.storageClasses[1]", "object-s3"),
         ("spec.deployment.mode", "k8s"),
     ]
 
@@ -30,8 +26,8 @@ def test_the_other_shipped_manifests_ask_for_nothing_that_is_missing(name: str) 
 
 def test_a_start_is_refused_with_one_line_for_each() -> None:
     with pytest.raises(ManifestError) as caught:
-        require_supported(manifest("deployment: {mode: k8s}, kv_cache: {disk_dtype: raw}"))
+        require_supported(manifest("deployment: {mode: k8s}, scheduling: {policies: {min_decode_slots: 1}}"))
     assert [line.split(" (")[0] for line in caught.value.lines] == [
-        "not supported yet: spec.kv_cache.disk_dtype: raw",
+        "not supported yet: spec.scheduling.policies.min_decode_slots: 1",
         "not supported yet: spec.deployment.mode: k8s",
     ]

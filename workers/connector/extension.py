@@ -11,10 +11,13 @@ class WorkerExtension:
         from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
         from llmserve.workers.connector.connector import LLMServeConnector
+        from llmserve.workers.offload.connector import TierConnector
 
         if has_kv_transfer_group():
             connector = get_kv_transfer_group()
-            assert isinstance(connector, LLMServeConnector)
-            return connector.fingerprint, connector.page_bytes, connector.transports
+            # With tiers it is one of several.
+            for part in getattr(connector, "sub_connectors", [connector]):
+                if isinstance(part, LLMServeConnector | TierConnector):
+                    return part.fingerprint, part.page_bytes, part.transports
         config = self.model_runner.kv_cache_config  # type: ignore[attr-defined]
         return "", sum(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks, ""

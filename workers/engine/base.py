@@ -122,6 +122,8 @@ class Step:
     """Prompt tokens computed in this step."""
     kv: list[KvChange] = field(default_factory=list)
     """Pages that can be reused from now on, or no more. A step may consist of these alone."""
+    tiers: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By storage class, what happened there since the last such step; see ``kvstore.tiers.TierStats``."""
 
 
 class Engine(ABC):

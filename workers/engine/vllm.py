@@ -26,7 +26,7 @@ from llmserve.workers.engine.base import (
 from llmserve.workers.engine.vllm_config import VllmOptions, apply_environment, build_config
 from llmserve.workers.engine.vllm_core import Core, Pages
 from llmserve.workers.engine.vllm_events import changes_of
-from llmserve.workers.engine.vllm_outputs import Entry, OutputReader, load_of, released_of, transfers_of
+from llmserve.workers.engine.vllm_outputs import Entry, OutputReader, load_of, released_of, tiers_of, transfers_of
 from llmserve.workers.engine.vllm_process import ProcessCore
 from llmserve.workers.engine.vllm_requests import Limits, RequestStager, release_request
 from llmserve.workers.engine.vllm_thread import ThreadCore
@@ -78,7 +78,9 @@ class VllmEngine(Engine):
         self._core = ThreadCore(config, self._options.threads) if thread else ProcessCore(config)
         pages = await self._core.start(self._sink)
         model = config.model_config
-        self._stager = RequestStager(Limits(model.max_model_len, model.get_vocab_size()))
+        self._stager = RequestStager(
+            Limits(model.max_model_len, model.get_vocab_size()), self._manifest.spec.security.cache_sharing
+        )
         self._reader = OutputReader()
         self._pages_total = pages.total
         self._block_tokens = pages.tokens
@@ -173,9 +175,10 @@ class VllmEngine(Engine):
             self._load = load_of(stats, self._pages_total)
             step.transfers.extend(transfers_of(stats))
             step.released.extend(self._released(released_of(stats)))
+            step.tiers.update(tiers_of(stats))
         if _says_something(step):
             computed = sum(output.computed_tokens or 0 for output in step.outputs)
-            self._steps.put_nowait(Step(step.outputs, step.released, step.transfers, computed))
+            self._steps.put_nowait(Step(step.outputs, step.released, step.transfers, computed, tiers=step.tiers))
 
     def _read(self, outputs: EngineCoreOutputs) -> list[EngineOutput]:
         assert self._reader is not None
@@ -212,7 +215,7 @@ class VllmEngine(Engine):
 
 
 def _says_something(step: Step) -> bool:
-    return bool(step.outputs or step.released or step.transfers or step.kv)
+    return bool(step.outputs or step.released or step.transfers or step.kv or step.tiers)
 
 
 def _info(config: VllmConfig, pages: Pages) -> EngineInfo:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmserve.bus.messages import Role
 from llmserve.manifests.schema import Manifest
 from llmserve.workers.engine.base import EngineError
+from llmserve.workers.engine.vllm_tiers import with_tiers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -80,7 +81,9 @@ def engine_args(manifest: Manifest, role: Role, options: VllmOptions, engine_id:
         "gpu_memory_utilization": engine.gpu_memory_utilization if options.device == "cuda" else None,
         "kv_cache_memory_bytes": _kv_bytes(manifest, options),
         "speculative_config": _speculation(manifest, options),
-        "kv_transfer_config": _kv_transfer(manifest, role, options, engine_id),
+        "kv_transfer_config": with_tiers(
+            manifest, role, engine_id, _models(manifest), _kv_transfer(manifest, role, options, engine_id)
+        ),
         "kv_events_config": _kv_events(manifest, options),
         "distributed_executor_backend": _executor(manifest, options),
         "additional_config": {GPUS: ",".join(options.gpus)} if options.gpus else None,
@@ -151,7 +154,7 @@ def _models(manifest: Manifest) -> str:
     return f"{models.primary.id} + {models.draft.id}" if drafted and models.draft else models.primary.id
 
 
-def _kv_transfer(manifest: Manifest, role: Role, options: VllmOptions, engine_id: str) -> object | None:
+def _kv_transfer(manifest: Manifest, role: Role, options: VllmOptions, engine_id: str) -> dict[str, Any] | None:
     if role not in _ROLES:
         return None
     transfer, io_gbps = manifest.spec.transfer, manifest.spec.budgets.max_kv_io_gbps

@@ -137,13 +137,30 @@ def load_of(stats: SchedulerStats, pages_total: int) -> EngineLoad:
 
 def transfers_of(stats: SchedulerStats) -> list[Transfer]:
     """Transfers of pages that ended in the step."""
-    data = stats.kv_connector_stats or {}
-    return [Transfer(*transfer) for transfer in data.get("transfers", ())]
+    return [Transfer(*transfer) for transfer in _stats_of(stats, "LLMServeConnector").get("transfers", ())]
+
+
+def tiers_of(stats: SchedulerStats) -> dict[str, dict[str, float]]:
+    """By storage class, what happened there of late; see ``kvstore.tiers.TierStats``."""
+    tiers: dict[str, dict[str, float]] = {}
+    for name, values in _stats_of(stats, "TierConnector").get("data", {}).items():
+        kind, _, rest = name.partition(":")
+        if kind == "llmserve_tier":
+            what, _, tier = rest.partition(":")
+            tiers.setdefault(tier, {})[what] = sum(values.values())
+    return tiers
+
+
+def _stats_of(stats: SchedulerStats, connector: str) -> dict[str, Any]:
+    """Statistics of one connector: of several vLLM puts each one's under its name."""
+    data: dict[str, Any] = stats.kv_connector_stats or {}
+    own = data.get(connector, data)
+    return getattr(own, "data", own)  # type: ignore[no-any-return]
 
 
 def released_of(stats: SchedulerStats) -> list[str]:
     """Ids in the core whose held pages became free in the step."""
-    return list((stats.kv_connector_stats or {}).get("released", ()))
+    return list(_stats_of(stats, "LLMServeConnector").get("released", ()))
 
 
 def _reason(output: EngineCoreOutput) -> tuple[Reason | None, str]:

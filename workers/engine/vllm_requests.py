@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,10 @@ import msgspec
 from llmserve.bus import frames
 from llmserve.bus.cache_salt import request_salt
 from llmserve.bus.messages import Stage
+from llmserve.kvstore.keys import space_of
 from llmserve.workers.connector.wire import HANDOFF, HOLD, RELEASE, WireError, decode_handoff
 from llmserve.workers.engine.base import EngineError, Work
+from llmserve.workers.offload.params import tier_params
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -42,11 +45,13 @@ class Staged:
 class RequestStager:
     """Decodes bodies and makes each stage's request of them."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, sharing: Mapping[str, Sequence[str]] | None = None) -> None:
+        """``sharing``: the manifest's ``security.cache_sharing``."""
         from vllm.v1.engine import EngineCoreRequest
         from vllm.v1.serial_utils import MsgpackDecoder
 
         self._limits = limits
+        self._sharing = sharing or {}
         self._decoder = MsgpackDecoder(EngineCoreRequest)
 
     def stage(self, work: Work, core_id: str) -> Staged:
@@ -68,11 +73,16 @@ class RequestStager:
         if work.owner_salt:
             request.cache_salt = request_salt(work.owner_salt, request.cache_salt)
         self._check(request, params)
+        staged = Staged(request)
+        handed_over = len(request.prompt_token_ids or ()) if work.handoff else 0
         if work.stage is Stage.PREFILL:
-            return self._prefill(request, params, whole_output=work.whole_output)
-        if work.stage is Stage.DECODE:
-            return self._decode_stage(request, params, work)
-        return Staged(request)
+            staged = self._prefill(request, params, whole_output=work.whole_output)
+        elif work.stage is Stage.DECODE:
+            staged = self._decode_stage(request, params, work)
+        if work.tenant:
+            space = space_of(work.tenant, self._sharing)
+            _add_params(self._params(request), tier_params(space, handed_over))
+        return staged
 
     def _decode(self, body: bytes) -> EngineCoreRequest:
         try:
@@ -158,6 +168,10 @@ def _throw_away_params() -> SamplingParams:
     from vllm.sampling_params import SamplingParams
 
     return SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
+
+
+def _add_params(params: SamplingParams, values: dict[str, Any]) -> None:
+    _set_params(params, {**(params.extra_args or {}).get(_PARAMS, {}), **values})
 
 
 def _set_params(params: SamplingParams, values: dict[str, Any]) -> None:

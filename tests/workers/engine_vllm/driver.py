@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -98,6 +98,8 @@ class Driver:
     info: EngineInfo
     moved: list[Moved] = field(default_factory=list)
     kv: list[KvChange] = field(default_factory=list)
+    tiers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    """What happened at each storage class, summed."""
     released: set[str] = field(default_factory=set)
     died: Exception | None = None
     _outputs: dict[str, list[EngineOutput]] = field(default_factory=lambda: defaultdict(list))
@@ -108,7 +110,10 @@ class Driver:
     @classmethod
     async def open(cls, role: Role, mode: Mode, *, block_tokens: int | None = None, **fields: Any) -> Driver:
         """An engine of ``manifest(**fields)``."""
-        made = manifest(**fields)
+        return await cls.of(manifest(**fields), role, mode, block_tokens)
+
+    @classmethod
+    async def of(cls, made: Manifest, role: Role, mode: Mode, block_tokens: int | None = None) -> Driver:
         files = resolve_model(made.spec.models.primary.id)
         draft_path = resolve_model(MODEL).path
         options = VllmOptions(files.path, files.local, mode=mode, draft_path=draft_path, block_tokens=block_tokens)
@@ -126,6 +131,8 @@ class Driver:
                 self.moved.extend(step.transfers)
                 self.kv.extend(step.kv)
                 self.released.update(step.released)
+                for name, counts in step.tiers.items():
+                    self.tiers[name].update({what: int(n) for what, n in counts.items()})
                 async with self._changed:
                     self._changed.notify_all()
         except Exception as error:

@@ -1,0 +1,226 @@
+"""The kv role over real files and a real S3 server: what it lists, moves, tells, and survives."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from llmserve.bus.messages import AnyMessage, Heartbeat, KvEvents, KvResync, Role, Tier
+from llmserve.kvstore.keys import PageKey
+from llmserve.kvstore.notices import Notice, NoticeKind, Notifier, socket_path
+from llmserve.kvstore.stores.filesystem import FilesystemStore
+from llmserve.kvstore.stores.s3 import S3Store
+from llmserve.manifests.schema import Manifest
+from llmserve.workers.kv_pages import PageKeeper
+from tests.bus.samples import until
+from tests.manifests.samples import manifest
+from tests.s3_servers import BUCKET, S3Server, s3_server
+
+KIND = "f00d" * 4
+GB = 2**30
+
+
+def key(number: int, space: str = "t-a", fingerprint: str = KIND) -> PageKey:
+    return PageKey(fingerprint, space, number.to_bytes(32, "big"))
+
+
+def plant(folder: Path, keys: list[PageKey], size: int = 1000, age_s: float = 0.0) -> None:
+    """Files as workers write them."""
+    for page in keys:
+        file = folder / page.path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(bytes(size))
+        if age_s:
+            os.utime(file, (time.time() - age_s,) * 2)
+
+
+class FakeBus:
+    """What the keeper needs of a bus."""
+
+    def __init__(self) -> None:
+        from llmserve.bus.subjects import Subjects
+
+        self.subjects = Subjects("d")
+        self.told: list[KvEvents] = []
+        self.handlers: dict[str, object] = {}
+
+    async def subscribe(self, subject: str, handler: object) -> FakeBus:
+        self.handlers[subject] = handler
+        return self
+
+    async def unsubscribe(self) -> None:
+        """Nothing to end."""
+
+    def publish(self, subject: str, message: AnyMessage) -> None:
+        assert subject == self.subjects.kv_events
+        assert isinstance(message, KvEvents)
+        self.told.append(message)
+
+    def hear(self, subject: str, message: AnyMessage) -> None:
+        self.handlers[subject](message)  # type: ignore[operator]
+
+    def engine_joins(self, fingerprint: str = KIND) -> None:
+        beat = Heartbeat(member="w", role=Role.PREFILL, host="h", pid=1, fingerprint=fingerprint, page_tokens=16)
+        self.hear(self.subjects.heartbeats, beat)
+
+    def held(self) -> dict[tuple[Tier, str], set[bytes]]:
+        """What the router knows, by tier and host."""
+        known: dict[tuple[Tier, str], set[bytes]] = {}
+        for number, event in enumerate(self.told):
+            assert event.seq == number + 1
+            if event.snapshot:
+                known.clear()
+            for change in event.changes:
+                place = known.setdefault((change.tier, event.host), set())
+                place.difference_update(cut(change.removed))
+                place.update(cut(change.stored))
+        return known
+
+
+def cut(hashes: bytes) -> list[bytes]:
+    return [hashes[start : start + 8] for start in range(0, len(hashes), 8)]
+
+
+@asynccontextmanager
+async def keeping(made: Manifest) -> AsyncIterator[tuple[PageKeeper, FakeBus]]:
+    bus = FakeBus()
+    keeper = PageKeeper(made, bus, "kv-1", "host", CollectorRegistry())  # type: ignore[arg-type]
+    running = asyncio.create_task(keeper.run())
+    try:
+        await asyncio.wait_for(keeper.ready.wait(), 30)
+        yield keeper, bus
+    finally:
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+
+
+def with_folder(folder: Path, *, capacity: int | None = None, more: str = "", eviction: str = "") -> Manifest:
+    bound = "" if capacity is None else f", capacity_gb: {capacity / GB:.12f}"
+    evicts = f", eviction: {{{eviction}}}" if eviction else ""
+    classes = f"storageClasses: [{{name: disk, type: filesystem, path: {folder}{bound}}}{more}]"
+    tenants = "scheduling: {fair_share: {tenants: {a: {}, b: {}}}}"
+    return manifest(f"{classes}, {tenants}, kv_cache: {{dram_gb: 0.1{evicts}}}")
+
+
+async def test_what_lies_there_is_listed_and_told_once_an_engine_can_read_it(tmp_path: Path) -> None:
+    plant(tmp_path, [key(1), key(2, "t-b"), key(3, fingerprint="0" * 16)])
+    async with keeping(with_folder(tmp_path)) as (keeper, bus):
+        assert len(keeper.manager.pages(0)) == 3
+        await asyncio.sleep(0.5)
+        assert bus.told == []
+        bus.engine_joins()
+        await until(lambda: bus.held() == {(Tier.NVME, "host"): {key(1).block[-8:], key(2).block[-8:]}})
+        assert {event.fingerprint for event in bus.told} == {KIND}
+        assert {event.block_tokens for event in bus.told} == {16}
+
+
+async def test_what_workers_store_and_remove_is_told_and_told_again_on_request(tmp_path: Path) -> None:
+    plant(tmp_path, [key(1)])
+    async with keeping(with_folder(tmp_path)) as (_, bus):
+        bus.engine_joins()
+        notifier = Notifier(socket_path(str(tmp_path)))
+        for number in (2, 3):
+            notifier.add(Notice(NoticeKind.STORED, "disk", key(number).path, 1000))
+        notifier.add(Notice(NoticeKind.REMOVED, "disk", key(1).path))
+        notifier.flush()
+        wanted = {(Tier.NVME, "host"): {key(2).block[-8:], key(3).block[-8:]}}
+        await until(lambda: bus.held() == wanted)
+        bus.hear(bus.subjects.kv_resync("kv-1"), KvResync(router="r"))
+        assert [event.snapshot for event in bus.told].count(True) == 1
+        assert bus.held() == wanted
+
+
+async def test_above_its_capacity_a_folder_loses_its_coldest_pages_of_the_noisy_tenant(tmp_path: Path) -> None:
+    plant(tmp_path, [key(number, "t-a") for number in range(4)], age_s=500)
+    plant(tmp_path, [key(10 + number, "t-b") for number in range(12)], age_s=400)
+    made = with_folder(
+        tmp_path, capacity=8500, eviction=f"hot_keep_secs: 60, tenant_hotset_gb: {{a: {4000 / GB:.12f}}}"
+    )
+    async with keeping(made) as (_, bus):
+        bus.engine_joins()
+        await until(lambda: len(list(tmp_path.rglob("*.kv"))) == 8)
+        assert all((tmp_path / key(number, "t-a").path).exists() for number in range(4))
+        await until(lambda: len(bus.held().get((Tier.NVME, "host"), ())) == 8)
+
+
+async def test_after_a_restart_the_last_use_is_still_known(tmp_path: Path) -> None:
+    plant(tmp_path, [key(1)], age_s=100)
+    plant(tmp_path, [key(2)], age_s=2000)
+    async with keeping(with_folder(tmp_path, eviction="evict_if_inactive_secs: 900")):
+        await until(lambda: not (tmp_path / key(2).path).exists())
+        assert (tmp_path / key(1).path).exists()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with s3_server("moto", tmp_path_factory.mktemp("moto")) as running:
+        yield running
+
+
+def s3_class(url: str, prefix: str) -> str:
+    return (
+        f", {{name: object, type: s3, bucket: {BUCKET}, region: us-east-1, prefix: {prefix}, timeout_s: 2, "
+        f"endpoint_url: '{url}', prefetch_on_prefix: true}}"
+    )
+
+
+async def test_idle_pages_go_to_s3_and_those_that_follow_a_read_one_come_back(
+    tmp_path: Path, server: S3Server
+) -> None:
+    plant(tmp_path, [key(number) for number in range(3)], age_s=600)
+    more = s3_class(server.url, "demoted")
+    made = with_folder(tmp_path, more=more, eviction="hot_keep_secs: 1, evict_if_inactive_secs: 500")
+    store = S3Store("object", BUCKET, region="us-east-1", endpoint_url=server.url, prefix="demoted")
+    async with keeping(made) as (keeper, bus):
+        bus.engine_joins()
+        notifier = Notifier(socket_path(str(tmp_path)))
+        await until(lambda: not list(tmp_path.rglob("*.kv")))
+        # Idle in both tiers: down, and then away from the last one.
+        await until(lambda: len(keeper.manager.pages(1)) == 0)
+        assert await store.read(key(0).path) is None
+
+        for number in range(3):
+            await store.write(key(number).path, b"page")
+            parent = key(number - 1).block if number else b""
+            notifier.add(Notice(NoticeKind.STORED, "object", key(number).path, 4, parent))
+        notifier.add(Notice(NoticeKind.USED, "object", key(0).path))
+        notifier.flush()
+        await until(lambda: (tmp_path / key(2).path).exists())
+        assert (tmp_path / key(1).path).read_bytes() == b"page"
+        assert not (tmp_path / key(0).path).exists()
+        shorts = {key(number).block[-8:] for number in range(3)}
+        await until(lambda: bus.held() == {(Tier.NVME, "host"): shorts - {key(0).block[-8:]}, (Tier.S3, ""): shorts})
+    await store.close()
+
+
+async def test_while_s3_is_down_the_folder_is_kept_in_order_all_the_same(tmp_path: Path) -> None:
+    plant(tmp_path, [key(number) for number in range(10)], age_s=400)
+    made = with_folder(
+        tmp_path, capacity=5500, more=s3_class("http://127.0.0.1:9", "x"), eviction="hot_keep_secs: 60"
+    )
+    async with keeping(made):
+        await until(lambda: len(list(tmp_path.rglob("*.kv"))) == 5)
+
+
+async def test_a_folder_that_cannot_be_used_stops_nothing(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_bytes(b"")
+    async with keeping(with_folder(blocked / "below")) as (keeper, _):
+        assert len(keeper.manager.pages(0)) == 0
+
+
+async def test_stores_of_the_worker_and_the_keeper_agree_on_paths(tmp_path: Path) -> None:
+    store = FilesystemStore("disk", tmp_path)
+    await store.write(key(7).path, b"page")
+    async with keeping(with_folder(tmp_path)) as (keeper, _):
+        assert list(keeper.manager.pages(0).keys()) == [key(7).path]
+    await store.close()
