@@ -2,6 +2,7 @@
 # make test   install everything, run every test
 # make check  format, lint and types
 # make soak   128 streams on simulated engines for a minute: no error, no growth in memory
+# make bench-kv  what the tiers below the engines' memory save and cost; writes build/bench/kv.json
 # make bench  measure the whole path beside vLLM's own server; writes build/bench/path.json
 # make bench-gateway  what the gateway costs a token and a request; writes build/bench/gateway.json
 
@@ -14,7 +15,7 @@ MANIFEST ?= manifests/local.yaml
 # cpu or cuda; found by looking for an NVIDIA driver.
 EXTRA ?= $(if $(wildcard /dev/nvidiactl),cuda,cpu)
 
-.PHONY: up test check soak bench bench-gateway install clean
+.PHONY: up test check soak bench bench-gateway bench-kv install clean
 .DELETE_ON_ERROR:
 
 up: $(VENV)/.installed
@@ -36,6 +37,9 @@ bench: $(VENV)/.installed-dev
 
 bench-gateway: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.bench.gateway
+
+bench-kv: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.bench.kv
 
 install: $(VENV)/.installed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -224,3 +225,36 @@ async def test_stores_of_the_worker_and_the_keeper_agree_on_paths(tmp_path: Path
     async with keeping(with_folder(tmp_path)) as (keeper, _):
         assert list(keeper.manager.pages(0).keys()) == [key(7).path]
     await store.close()
+
+
+@pytest.mark.parametrize("moment", ["before the copy counts", "before the original goes"])
+async def test_killed_while_it_moves_a_page_it_loses_none(tmp_path: Path, moment: str) -> None:
+    """The manager is a process that kills itself in the middle of moving pages from one folder to the next."""
+    upper, lower = tmp_path / "upper", tmp_path / "lower"
+    plant(upper, [key(number) for number in range(3)], age_s=600)
+    patch = "os.rename" if moment == "before the copy counts" else "FilesystemStore._delete"
+    script = f"""
+import asyncio, os, signal
+from prometheus_client import CollectorRegistry
+from llmserve.kvstore.stores.filesystem import FilesystemStore
+from llmserve.manifests.loader import parse
+from llmserve.workers.kv_pages import PageKeeper
+{patch} = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+text = '''metadata: {{name: d}}
+spec:
+  models: {{primary: {{id: m}}}}
+  kv_cache: {{eviction: {{hot_keep_secs: 1, evict_if_inactive_secs: 500}}}}
+  storageClasses:
+  - {{name: upper, type: filesystem, path: {upper}}}
+  - {{name: lower, type: filesystem, path: {lower}}}
+'''
+asyncio.run(PageKeeper(parse(text, "m"), None, "kv", "h", CollectorRegistry()).run())
+"""
+    ended = await asyncio.create_subprocess_exec(sys.executable, "-c", script)
+    assert await ended.wait() == -9
+    store = FilesystemStore("disk", upper)
+    assert [await store.read(key(number).path) for number in range(3)] == [bytes(1000)] * 3
+    await store.close()
+    copies = [path for path in lower.rglob("*.kv") if path.is_file()]
+    assert bool(copies) == (moment == "before the original goes")
+    assert all(path.read_bytes() == bytes(1000) for path in copies)

@@ -113,10 +113,14 @@ class Driver:
         return await cls.of(manifest(**fields), role, mode, block_tokens)
 
     @classmethod
-    async def of(cls, made: Manifest, role: Role, mode: Mode, block_tokens: int | None = None) -> Driver:
+    async def of(
+        cls, made: Manifest, role: Role, mode: Mode, block_tokens: int | None = None, threads: int = 1
+    ) -> Driver:
         files = resolve_model(made.spec.models.primary.id)
         draft_path = resolve_model(MODEL).path
-        options = VllmOptions(files.path, files.local, mode=mode, draft_path=draft_path, block_tokens=block_tokens)
+        options = VllmOptions(
+            files.path, files.local, mode=mode, draft_path=draft_path, block_tokens=block_tokens, threads=threads
+        )
         engine = VllmEngine(made, role, options)
         driver = cls(engine, await engine.start())
         driver._task = asyncio.create_task(driver._read())

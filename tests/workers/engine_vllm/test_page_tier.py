@@ -1,0 +1,247 @@
+"""The classes that vLLM's offloading loads, without an engine: hot sets in DRAM, and a tier that never blocks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmserve.kvstore.codec import PageKind
+from llmserve.manifests.schema import StorageClass
+from llmserve.workers.offload.params import tier_params
+from llmserve.workers.offload.settings import TierSettings, to_builtins
+
+ROW = 8192
+KIND = PageKind("bf16", ROW, 64)
+ROWS = 64
+
+
+def context(space: str = "t-a", request: str = "r", **params: Any) -> Any:
+    from vllm.v1.kv_offload.base import ReqContext
+
+    return ReqContext(request, {**tier_params(space), **params})
+
+
+def key(number: int) -> Any:
+    from vllm.v1.kv_offload.base import make_offload_key
+
+    return make_offload_key(number.to_bytes(32, "big"), 0)
+
+
+class Tier:
+    """A ``PageTier`` over ``ROWS`` rows of memory, driven as vLLM's manager does."""
+
+    def __init__(self, *classes: StorageClass) -> None:
+        from llmserve.workers.offload.tier import PageTier
+
+        self.memory = np.zeros((ROWS, ROW), np.uint8)
+        self.tier = PageTier(None, memoryview(self.memory), "PageTier", **to_builtins(TierSettings(classes=classes)))  # type: ignore[arg-type]
+        self.jobs = 0
+
+    def open(self) -> Tier:
+        self.tier.open("f00d" * 4, KIND)
+        return self
+
+    def job(self, numbers: list[int], rows: list[int], ctx: Any) -> Any:
+        from vllm.v1.kv_offload.tiering.base import TransferJob
+
+        self.jobs += 1
+        keys = [key(number) for number in numbers]
+        for position, name in enumerate(keys):
+            ctx.set_offload_key_position(name, (position + 1) * 16)
+        return TransferJob(self.jobs, keys, np.array(rows, np.int32), False, ctx)
+
+    def store(self, numbers: list[int], ctx: Any = None) -> Any:
+        """Store rows filled with their numbers; returns the job's result."""
+        for row, number in enumerate(numbers):
+            self.memory[row] = number
+        self.tier.submit_store(self.job(numbers, list(range(len(numbers))), ctx or context()))
+        return self.result()
+
+    def load(self, numbers: list[int], ctx: Any = None) -> Any:
+        rows = [ROWS // 2 + row for row in range(len(numbers))]
+        self.memory[rows] = 0
+        self.tier.submit_load(self.job(numbers, rows, ctx or context()))
+        return self.result()
+
+    def result(self) -> Any:
+        return until(lambda: next(iter(self.tier.get_finished_jobs()), None))
+
+    def lookup(self, number: int, ctx: Any = None) -> str:
+        """The final answer, after as many steps as it takes."""
+        ctx = ctx or context()
+
+        def answer() -> str:
+            name: str = self.tier.lookup(key(number), ctx).name
+            self.tier.on_schedule_end(None)  # type: ignore[arg-type]
+            return "" if name == "RETRY" else name
+
+        return str(until(answer))
+
+
+def until(answer: Callable[[], Any], timeout_s: float = 10.0) -> Any:
+    end_s = time.monotonic() + timeout_s
+    while not (found := answer()):
+        assert time.monotonic() < end_s
+        time.sleep(0.002)
+    return found
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> StorageClass:
+    return StorageClass(name="disk", type="filesystem", path=str(tmp_path))
+
+
+@pytest.fixture
+def tier(disk: StorageClass) -> Iterator[Tier]:
+    made = Tier(disk).open()
+    yield made
+    made.tier.shutdown()
+
+
+def test_what_is_stored_is_found_and_loaded_by_another_worker_too(tier: Tier, disk: StorageClass) -> None:
+    assert tier.lookup(1) == "MISS"
+    assert tier.store([1, 2, 3]).success
+    until(lambda: tier.lookup(3) == "HIT")
+    other = Tier(disk).open()
+    try:
+        assert [other.lookup(number) for number in (1, 2, 3, 4)] == ["HIT", "HIT", "HIT", "MISS"]
+        result = other.load([1, 2, 3])
+        assert result.success
+        assert [int(row[0]) for row in other.memory[ROWS // 2 : ROWS // 2 + 3]] == [1, 2, 3]
+    finally:
+        other.tier.shutdown()
+
+
+def test_nothing_is_found_or_kept_for_a_request_without_a_tenant_or_another_one(tier: Tier, tmp_path: Path) -> None:
+    from vllm.v1.kv_offload.base import ReqContext
+
+    nobody = ReqContext("r", None)
+    assert tier.store([1], nobody).success
+    assert tier.store([2]).success
+    until(lambda: tier.lookup(2) == "HIT")
+    assert tier.lookup(2, nobody) == "MISS"
+    assert tier.lookup(2, context("t-b")) == "MISS"
+    assert len(list(tmp_path.rglob("*.kv"))) == 1
+
+
+def test_what_was_handed_over_is_kept_by_the_prefill_worker_alone(tier: Tier, tmp_path: Path) -> None:
+    tier.store([1, 2, 3], context(kept_tokens=32))
+    until(lambda: tier.lookup(3, context()) == "HIT")
+    assert len(list(tmp_path.rglob("*.kv"))) == 1
+
+
+def test_lost_pages_are_reported_one_by_one_and_forgotten(tier: Tier, tmp_path: Path) -> None:
+    tier.store([1, 2])
+    until(lambda: tier.lookup(2) == "HIT")
+    next(path for path in tmp_path.rglob("*.kv") if path.name.startswith("0" * 62 + "01")).unlink()
+    result = tier.load([1, 2])
+    assert (result.success, list(result.successful_keys)) == (False, [key(2)])
+    until(lambda: tier.lookup(1) == "MISS")
+
+
+def test_before_the_engine_says_what_its_pages_are_nothing_is_kept(disk: StorageClass, tmp_path: Path) -> None:
+    made = Tier(disk)
+    assert made.store([1]).success
+    assert made.lookup(1) == "MISS"
+    assert not list(tmp_path.rglob("*.kv"))
+    made.tier.shutdown()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://10.255.255.1:9"], ids=["refuses", "hangs"])
+def test_a_bucket_that_is_out_of_reach_blocks_no_step(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+    bucket = StorageClass(name="object", type="s3", bucket="b", region="r", endpoint_url=url, timeout_s=0.5)
+    made = Tier(bucket).open()
+    slowest = 0.0
+    try:
+        for number in range(20):
+            begun = time.monotonic()
+            made.tier.submit_store(made.job([number], [0], context()))
+            made.tier.lookup(key(100 + number), context())
+            made.tier.on_schedule_end(None)  # type: ignore[arg-type]
+            list(made.tier.get_finished_jobs())
+            slowest = max(slowest, time.monotonic() - begun)
+        assert made.lookup(500) == "MISS"
+        # The rows are free again although nothing could be written.
+        made.tier.drain_jobs()
+        assert slowest < 0.4
+    finally:
+        made.tier.shutdown()
+
+
+def test_what_a_slow_class_cannot_take_is_dropped_and_counted(
+    disk: StorageClass, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmserve.workers.offload import tier as module
+
+    monkeypatch.setattr(module, "_BACKLOG_BYTES", 4 * ROW)
+    made = Tier(disk).open()
+    try:
+        made.tier.submit_store(made.job(list(range(8)), list(range(8)), context()))
+        assert made.result().success
+        counted = until(lambda: _count(made, "dropped"))
+        assert counted == 8
+    finally:
+        made.tier.shutdown()
+
+
+def _count(made: Tier, what: str) -> float:
+    stats = made.tier.get_stats()
+    values = stats.data["data"].get(f"llmserve_tier:{what}:disk", {}) if stats is not None else {}
+    return float(sum(values.values()))
+
+
+def a_policy(capacity: int, **hot: float) -> Any:
+    from llmserve.workers.offload.policy import HotSetPolicy
+
+    policy = HotSetPolicy(capacity)
+    policy.promise({f"t-{name}": chunks for name, chunks in hot.items()})
+    return policy
+
+
+def put(policy: Any, number: int, space: str) -> Any:
+    from vllm.v1.kv_offload.cpu.policies.base import ChunkStatus
+
+    chunk = ChunkStatus(number)
+    chunk.ref_cnt = 0
+    policy.on_store_miss([key(number)], context(space))
+    policy.insert(key(number), chunk)
+    return chunk
+
+
+def test_in_dram_a_noisy_tenant_evicts_its_own_chunks() -> None:
+    policy = a_policy(8, a=3)
+    for number in range(3):
+        put(policy, number, "t-a")
+    for number in range(10, 60):
+        if number >= 15:
+            assert len(policy.evict(1, set())) == 1
+        put(policy, number, "t-b")
+    assert all(policy.get(key(number)) for number in range(3))
+
+
+def test_chunks_in_use_or_protected_stay_and_an_eviction_that_is_too_large_changes_nothing() -> None:
+    policy = a_policy(8)
+    chunks = [put(policy, number, "t-a") for number in range(4)]
+    chunks[0].ref_cnt = 1
+    chunks[1].ref_cnt = -1
+    assert policy.evict(2, {key(2)}) is None
+    assert policy.evict(0, set()) == []
+    assert [name for name, _ in policy.evict(1, {key(2)})] == [key(3)]
+    assert policy.get(key(3)) is None
+
+
+def test_the_end_of_a_prefix_goes_before_its_beginning() -> None:
+    policy = a_policy(8)
+    for number in range(3):
+        put(policy, number, "t-a")
+    policy.touch([key(0), key(1), key(2)], context())
+    assert [name for name, _ in policy.evict(2, set())] == [key(2), key(1)]
+    policy.clear()
+    assert policy.get(key(0)) is None
