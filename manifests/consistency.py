@@ -50,6 +50,8 @@ def _engine(spec: Spec) -> Iterator[Problem]:
             yield Problem((*at, "gpu_memory_utilization"), "has no effect with spec.engine.kind: simulated")
         if spec.models.draft is not None and spec.models.draft.enabled:
             yield Problem(("spec", "models", "draft"), "the simulated engine has none; set enabled: false")
+        if spec.storageClasses:
+            yield Problem(("spec", "storageClasses"), "the simulated engine has no pages to keep there; remove them")
     batched, seqs = engine.max_num_batched_tokens, engine.max_num_seqs
     if batched is not None and seqs is not None and batched < seqs:
         yield Problem(

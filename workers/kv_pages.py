@@ -9,11 +9,10 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
-import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from llmserve.bus.base import Bus
-from llmserve.bus.messages import AnyMessage, Heartbeat, KvChange, KvEvents, KvResync, Tier
+from llmserve.bus.messages import AnyMessage, Heartbeat, KvEvents, KvResync, Tier
 from llmserve.kvstore.keys import PageKey, hot_bytes, parse_path
 from llmserve.kvstore.manager import Manager, Move, MoveKind, Rules, TierRules
 from llmserve.kvstore.notices import Listener, NoticeKind, socket_path
@@ -22,7 +21,7 @@ from llmserve.kvstore.stores.breaker import Breaker
 from llmserve.kvstore.transfer.pacing import TokenBucket
 from llmserve.manifests.schema import Manifest
 from llmserve.manifests.sizes import GB, tier_io_bytes_s
-from llmserve.workers.kv_feed import KvFeed
+from llmserve.workers.kv_feeds import Feeds
 from llmserve.workers.offload.settings import make_stores, meeting_place
 
 logger = logging.getLogger(__name__)
@@ -33,7 +32,6 @@ _RETRY_LISTING_S = 10.0
 _TOUCH_S = 30.0
 _MOVES_AT_ONCE = 4
 _ROOT = "v1/"
-_SHORT_BYTES = 8
 _TIERS = {"filesystem": Tier.NVME, "s3": Tier.S3}
 
 
@@ -307,58 +305,3 @@ class PageKeeper:
             self._pages.labels(kept.store.name).set(len(pages))
             self._bytes.labels(kept.store.name).set(pages.total_bytes)
             self._out.labels(kept.store.name).set(kept.breaker.is_open)
-
-
-class Feeds:
-    """One member's numbered messages about pages of several kinds, some on this host only. No I/O."""
-
-    def __init__(self, member: str, host: str) -> None:
-        self.member = member
-        self.seq = 0
-        self._host = host
-        self._tokens: dict[str, int] = {}
-        """Tokens of a page by fingerprint, from the heartbeats of the engines that have such pages."""
-        self._feeds: dict[tuple[str, bool], KvFeed] = {}
-        self._untold: dict[str, list[tuple[Tier, PageKey, bool]]] = {}
-        """Of fingerprints that no engine here has had yet."""
-
-    def learn(self, fingerprint: str, page_tokens: int) -> None:
-        """An engine with such pages is there."""
-        if fingerprint not in self._tokens:
-            self._tokens[fingerprint] = page_tokens
-            for tier, key, came in self._untold.pop(fingerprint, ()):
-                self.change(tier, key, came=came)
-
-    def change(self, tier: Tier, key: PageKey, *, came: bool) -> None:
-        """A page came or went. Of models with several groups of layers the first stands for all."""
-        if key.group:
-            return
-        tokens = self._tokens.get(key.fingerprint)
-        if tokens is None:
-            self._untold.setdefault(key.fingerprint, []).append((tier, key, came))
-            return
-        here = tier is Tier.NVME
-        feed = self._feeds.get((key.fingerprint, here))
-        if feed is None:
-            feed = KvFeed(self.member, key.fingerprint, tokens, self._host if here else "")
-            self._feeds[key.fingerprint, here] = feed
-        short = key.block[-_SHORT_BYTES:]
-        feed.change([KvChange(tier, stored=short) if came else KvChange(tier, removed=short)])
-
-    def flush(self) -> list[KvEvents]:
-        """What to publish now."""
-        return self._numbered(message for feed in self._feeds.values() for message in feed.flush())
-
-    def snapshot(self) -> list[KvEvents]:
-        """Everything; the first message makes the router forget what it knew."""
-        whole = [message for feed in self._feeds.values() for message in feed.snapshot()]
-        return self._numbered(
-            msgspec.structs.replace(message, snapshot=number == 0) for number, message in enumerate(whole)
-        )
-
-    def _numbered(self, messages: Iterable[KvEvents]) -> list[KvEvents]:
-        numbered: list[KvEvents] = []
-        for message in messages:
-            self.seq += 1
-            numbered.append(msgspec.structs.replace(message, seq=self.seq))
-        return numbered

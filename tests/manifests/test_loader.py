@@ -77,6 +77,11 @@ def test_all_conflicts_between_fields_are_reported_at_once() -> None:
             "spec.kv_cache.eviction.tenant_hotset_gb.x",
             "no tenant",
         ),
+        (
+            "engine: {kind: simulated}, storageClasses: [{name: d, type: filesystem, path: /p}]",
+            "spec.storageClasses",
+            "simulated engine",
+        ),
         ("kv_cache: {disk_dtype: int8}", "spec.kv_cache.disk_dtype", "no effect without spec.storageClasses"),
         ("kv_cache: {eviction: {}}", "spec.kv_cache.eviction", "no effect without"),
         (

@@ -14,7 +14,6 @@ import os
 import queue
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -36,6 +35,7 @@ from llmserve.kvstore.notices import Notifier, socket_path
 from llmserve.kvstore.quantize import Bytes
 from llmserve.kvstore.tiers import Tiers, TierStats
 from llmserve.kvstore.transfer.pacing import TokenBucket
+from llmserve.workers.offload.known import KnownPages, NamedPage
 from llmserve.workers.offload.params import NOBODY, kept_tokens, space_of_request
 from llmserve.workers.offload.settings import from_builtins, make_stores, meeting_place
 
@@ -45,10 +45,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.llmserve.tiers")
 
-_KNOWN = 500_000
-"""Pages remembered to be there: 100 MB at most."""
-_MISSING_S = 0.5
-"""For which a page that was looked for is not looked for again."""
 _BACKLOG_BYTES = 256 * 2**20
 """To be written at most; what is more is not kept."""
 _PROBE_S = 1.0
@@ -58,9 +54,6 @@ _BURST_S = 0.1
 _CLOSE_S = 5.0
 STATS = "llmserve_tier"
 """First part of the tier's names in the connector's statistics."""
-
-_Page = tuple[str, bytes]
-"""(space, offload key)."""
 
 
 class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
@@ -82,11 +75,7 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
         self._encryption_key = encryption_key(self._settings.encryption, os.environ)
         self._rows: Any = np.frombuffer(primary_kv_view, np.uint8).reshape(primary_kv_view.shape)
         self._fingerprint = ""
-        self._known: OrderedDict[_Page, None] = OrderedDict()
-        self._missing: dict[_Page, float] = {}
-        self._asked: set[_Page] = set()
-        self._questions: dict[str, list[_Page]] = {}
-        """By request, of this step."""
+        self._known = KnownPages()
         self._news: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         """From the loop's thread, to be called in the scheduler's."""
         self._finished: queue.SimpleQueue[JobResult] = queue.SimpleQueue()
@@ -133,23 +122,17 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
         space = space_of_request(req_context.kv_transfer_params)
         if space == NOBODY or not self._fingerprint:
             return LookupResult.MISS
-        page = (space, bytes(key))
-        if page in self._known:
-            return LookupResult.HIT
-        if self._missing.get(page, 0.0) > time.monotonic():
-            return LookupResult.MISS
-        if page not in self._asked:
-            self._asked.add(page)
-            self._questions.setdefault(req_context.req_id, []).append(page)
-        return LookupResult.RETRY
+        found = self._known.look((space, bytes(key)), req_context.req_id, time.monotonic())
+        if found is None:
+            return LookupResult.RETRY
+        return LookupResult.HIT if found else LookupResult.MISS
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
-        questions, self._questions = self._questions, {}
-        for pages in questions.values():
+        for pages in self._known.questions():
             self._start(self._probe(pages))
         self._drain()
 
-    async def _probe(self, pages: Sequence[_Page]) -> None:
+    async def _probe(self, pages: Sequence[NamedPage]) -> None:
         held = 0
         try:
             async with asyncio.timeout(_PROBE_S):
@@ -158,35 +141,13 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
             logger.warning("no answer within %s s which of %d pages there are", _PROBE_S, len(pages))
         except Exception:
             logger.exception("cannot look for pages")
-        self._news.put(lambda: self._answered(pages, held))
+        self._news.put(lambda: self._known.answer(pages, held, time.monotonic()))
 
     def _drain(self) -> None:
         while not self._news.empty():
             self._news.get()()
 
-    def _answered(self, pages: Sequence[_Page], held: int) -> None:
-        if len(self._missing) > _KNOWN:
-            self._missing.clear()
-        until_s = time.monotonic() + _MISSING_S
-        for number, page in enumerate(pages):
-            self._asked.discard(page)
-            if number < held:
-                self._know(page)
-            else:
-                self._missing[page] = until_s
-
-    def _forget(self, pages: Sequence[_Page]) -> None:
-        for page in pages:
-            self._known.pop(page, None)
-
-    def _know(self, page: _Page) -> None:
-        self._known[page] = None
-        self._known.move_to_end(page)
-        self._missing.pop(page, None)
-        while len(self._known) > _KNOWN:
-            self._known.popitem(last=False)
-
-    def _key(self, page: _Page) -> PageKey:
+    def _key(self, page: NamedPage) -> PageKey:
         space, key = page
         return PageKey(self._fingerprint, space, get_offload_block_hash(key), get_offload_group_idx(key))
 
@@ -216,16 +177,16 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
         self._start(self._store(job.job_id, items, parents, size_bytes))
 
     async def _store(
-        self, job_id: int, items: list[tuple[_Page, int]], parents: dict[bytes, bytes], size_bytes: int
+        self, job_id: int, items: list[tuple[NamedPage, int]], parents: dict[bytes, bytes], size_bytes: int
     ) -> None:
         try:
             begun_s = time.monotonic()
-            encoded: list[tuple[_Page, bytes]] = []
+            encoded: list[tuple[NamedPage, bytes]] = []
             try:
                 for page, chunk in items:
                     key = self._key(page)
                     if await self._tiers.has(key):
-                        self._news.put(lambda page=page: self._know(page))  # type: ignore[misc]
+                        self._news.put(lambda page=page: self._known.add(page))  # type: ignore[misc]
                         continue
                     parent = parents.get(page[1], b"")
                     encoded.append((page, await self._tiers.encoded(key, self._row(chunk), parent)))
@@ -235,7 +196,7 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
                 self._finish(JobResult(job_id, True, None, time.monotonic() - begun_s, moved))
             for page, data in encoded:
                 if await self._tiers.write(self._key(page), data, parent=parents.get(page[1], b"")):
-                    self._news.put(lambda page=page: self._know(page))  # type: ignore[misc]
+                    self._news.put(lambda page=page: self._known.add(page))  # type: ignore[misc]
         except Exception:
             logger.exception("cannot keep pages")
         finally:
@@ -266,7 +227,7 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
         found = [key for (key, _), result in zip(items, loaded, strict=True) if result is True]
         lost = [(space, bytes(key)) for (key, _), result in zip(items, loaded, strict=True) if result is not True]
         if lost:
-            self._news.put(lambda: self._forget(lost))
+            self._news.put(lambda: self._known.forget(lost))
         moved = len(found) * self._block_size_bytes
         self._finish(JobResult(job_id, len(found) == len(items), found, time.monotonic() - begun_s, moved))
 

@@ -23,7 +23,7 @@ async def engine(folder: Path, **kv_cache: Any) -> Driver:
     made = manifest(lease_s=8.0)
     spec = msgspec.structs.replace(
         made.spec,
-        kv_cache=KVCache(prefix_caching=False, dram_gb=0.125, **kv_cache),
+        kv_cache=KVCache(dram_gb=0.125, **kv_cache),
         storageClasses=(StorageClass(name="disk", type="filesystem", path=str(folder)),),
     )
     return await Driver.of(msgspec.structs.replace(made, spec=spec), Role.PREFILL, "process")

@@ -1,0 +1,73 @@
+"""What a worker knows of the pages below DRAM, so that most lookups need no look. No I/O; times are given."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+NamedPage = tuple[str, bytes]
+"""(space, vLLM's key: block hash and group)."""
+
+_KNOWN = 500_000
+"""Pages remembered to be there: 100 MB at most."""
+_MISSING_S = 0.5
+"""For which a page that was looked for is not looked for again."""
+
+
+class KnownPages:
+    """Pages that are there, pages that were not there just now, and questions about the rest.
+
+    A page may be gone although it is known: then loading it fails, and it is forgotten. One that was missing may
+    be there soon: another worker wrote it.
+    """
+
+    def __init__(self) -> None:
+        self._there: OrderedDict[NamedPage, None] = OrderedDict()
+        self._missing: dict[NamedPage, float] = {}
+        """Until when it counts as missing."""
+        self._asked: set[NamedPage] = set()
+        self._questions: dict[str, list[NamedPage]] = {}
+        """Of this step, by request: a prefix, in order."""
+
+    def __contains__(self, page: NamedPage) -> bool:
+        return page in self._there
+
+    def look(self, page: NamedPage, request_id: str, now_s: float) -> bool | None:
+        """Whether the page is there; None: it is asked for, come again."""
+        if page in self._there:
+            return True
+        if self._missing.get(page, 0.0) > now_s:
+            return False
+        if page not in self._asked:
+            self._asked.add(page)
+            self._questions.setdefault(request_id, []).append(page)
+        return None
+
+    def questions(self) -> list[list[NamedPage]]:
+        """Pages to be looked for since the last call: a list for each request."""
+        questions, self._questions = self._questions, {}
+        return list(questions.values())
+
+    def answer(self, pages: Sequence[NamedPage], there: int, now_s: float) -> None:
+        """Of ``pages`` the first so many are there."""
+        if len(self._missing) > _KNOWN:
+            self._missing.clear()
+        for number, page in enumerate(pages):
+            self._asked.discard(page)
+            if number < there:
+                self.add(page)
+            else:
+                self._missing[page] = now_s + _MISSING_S
+
+    def add(self, page: NamedPage) -> None:
+        """The page is there."""
+        self._there[page] = None
+        self._there.move_to_end(page)
+        self._missing.pop(page, None)
+        while len(self._there) > _KNOWN:
+            self._there.popitem(last=False)
+
+    def forget(self, pages: Iterable[NamedPage]) -> None:
+        """They could not be loaded."""
+        for page in pages:
+            self._there.pop(page, None)
