@@ -32,6 +32,7 @@ from llmserve.gateway.metrics import GatewayMetrics, TenantMetrics
 log = logging.getLogger(__name__)
 
 _SWEEP_S = 1.0
+_PROBES_A_SWEEP = 200
 _RETRY_S = 0.5
 """Between attempts to store a resubmission."""
 
@@ -56,6 +57,8 @@ class Call:
     first_token_s: float | None = None
     deaths: int = 0
     """Workers that died while they ran it, as the router counts."""
+    probed_s: float = 0.0
+    """Monotonic time of the last look for it on the stream."""
     probing: bool = False
     on_end: Callable[[int], None] | None = None
     """Called once, with the output tokens received, however the request ends."""
@@ -332,6 +335,7 @@ class Channel:
             self._sweep(time.monotonic())
 
     def _sweep(self, now: float) -> None:
+        probes = _PROBES_A_SWEEP
         for call in list(self._calls.values()):
             idle_s = now - call.progress_s
             if idle_s > self._deadline_s:
@@ -340,9 +344,16 @@ class Channel:
                 if now - call.missing_since_s >= _SWEEP_S / 2 and call.progress_s < call.missing_since_s:
                     cause = "it is off the stream and its last tokens never came"
                     self._carry_out(call, call.attempts.lost(call.attempts.attempt, cause), now)
-            elif idle_s > self._probe_after_s and not call.probing and call.attempts.seq is not None:
-                call.probing = True
+            elif call.attempts.seq is not None and probes and self._is_probe_due(call, idle_s, now):
+                probes -= 1
+                call.probing, call.probed_s = True, now
                 self._spawn(self._probe(call, call.attempts.seq))
+
+    def _is_probe_due(self, call: Call, idle_s: float, now: float) -> bool:
+        """Ever less often the longer nothing comes: thousands may wait in a queue for minutes."""
+        if call.probing or idle_s <= self._probe_after_s:
+            return False
+        return now - call.probed_s >= max(self._probe_after_s, idle_s / 2)
 
     async def _probe(self, call: Call, seq: int) -> None:
         """Deltas travel at most once: if the last one was lost, only the stream tells that the request is over."""

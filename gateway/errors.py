@@ -32,6 +32,18 @@ _KINDS = {
 _CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "rate_limit_exceeded"}
 """Where OpenAI has a word; elsewhere the status, as vLLM does it."""
 
+_GENERATES = "The model of this deployment generates text and does not support "
+_NOT_SERVED = {
+    "/v1/embeddings": _GENERATES + "embeddings",
+    "/v1/moderations": _GENERATES + "moderations",
+    "/v1/rerank": _GENERATES + "reranking",
+    "/v1/images/generations": _GENERATES + "images",
+    "/v1/audio/transcriptions": _GENERATES + "audio",
+    "/v1/audio/speech": _GENERATES + "audio",
+    "/v1/chat/completions/batch": "Not supported over the bus, use /v1/batches",
+}
+"""Paths that clients know and this server does not have."""
+
 
 def error_body(status: int, kind: str, message: str, param: str | None = None) -> bytes:
     """The response's body, with the fields and types of vLLM's own errors."""
@@ -61,7 +73,8 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     status = error.status_code
     message = error.detail
     if status == 404:
-        message = f"Unknown URL: {request.method} {request.url.path}"
+        path = request.url.path
+        message = _NOT_SERVED.get(path, "Unknown URL") + f": {request.method} {path}"
     elif status == 405:
         message = f"{request.method} is not allowed for {request.url.path}"
     kind = _KINDS.get(status) or HTTPStatus(status).phrase

@@ -7,6 +7,7 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import secrets
 import signal
 import sys
@@ -55,6 +56,13 @@ def _read(parsed: argparse.Namespace) -> Manifest:
     return _with_overrides(resolve(load(parsed.manifest), os.environ), parsed)
 
 
+def _allow_many_connections() -> None:
+    """Each stream holds a file; the usual soft limit of 1,024 is a leftover of ``select``."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _with_overrides(manifest: Manifest, parsed: argparse.Namespace) -> Manifest:
     gateway = manifest.spec.gateway
     for field in ("host", "port", "metrics_port"):
@@ -82,6 +90,7 @@ async def _serve(manifest: Manifest, parsed: argparse.Namespace) -> int:
     from llmserve.gateway.log import BindCaller
 
     begun_s = time.monotonic()
+    _allow_many_connections()
     configure_logging(json=parsed.json_log or not sys.stderr.isatty(), filters=(BindCaller(),))
     stopping = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):

@@ -139,6 +139,7 @@ async def _application(args: Namespace, engine: BusLLM, *, fast_lane: bool) -> F
     from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
     from vllm.entrypoints.serve.tokenize import api_router as tokenize
 
+    from llmserve.gateway.adjust import install_adjustments
     from llmserve.gateway.errors import install_error_handlers
     from llmserve.gateway.fast_lane import install_fast_lane
     from llmserve.gateway.fast_route import install_fast_routes
@@ -156,6 +157,7 @@ async def _application(args: Namespace, engine: BusLLM, *, fast_lane: bool) -> F
     init_exception_handler(app)
     install_error_handlers(app)
     await init_app_state(engine, app.state, args, ("generate",))
+    install_adjustments(app)
     if fast_lane:
         install_fast_lane(app.state.openai_serving_chat, app.state.openai_serving_completion, engine)
         install_fast_routes(app)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import resource
 import signal
 import statistics
 import sys
@@ -32,6 +33,9 @@ from tests.processes import BIN, ROOT, Process, Stack, answers, free_port, manif
 STREAMS = 64
 ANSWER_TOKENS = 64
 STEP_MS = 20.0
+MANY_STREAMS = 256
+"""As many as the simulated engine decodes at once."""
+IDLE_S = 10.0
 PROMPT = (
     "Request {}. Summarise the following notes for a reader who has little time: the meeting began late, the"
     " budget was not approved, two people volunteered to write the report, and the next date is open."
@@ -42,6 +46,7 @@ MANIFEST: dict[str, object] = {
     "engine.simulated.step_ms": STEP_MS,
     "engine.simulated.prefill_us_per_token": 0,
     "engine.simulated.decode_us_per_request": 0,
+    "scheduling.policies.queue_max_len": 20_000,
 }
 
 
@@ -149,8 +154,52 @@ async def measure(server: Server, seconds: float, numbers: Iterator[int], nats: 
     )
 
 
+@dataclass
+class Idle:
+    """Streams that were opened, and get no token."""
+
+    held: int
+    rss_mb: float
+    cpu_share: float
+
+
+async def idle_streams(server: Server, count: int, numbers: Iterator[int]) -> Idle:
+    """Open ``count`` streams, wait, and see how many are still open and what they cost."""
+    wires = await connect(server.url, count)
+    asking = []
+    for start in range(0, count, 100):
+        for wire in wires[start : start + 100]:
+            request = chat_request(server.url, SERVED, PROMPT.format(next(numbers)), ANSWER_TOKENS)
+            asking.append(asyncio.create_task(wire.ask(request)))
+        await asyncio.sleep(0.25)
+    # Until the gateway has taken them all.
+    before_s = -1.0
+    while server.cpu_s() - before_s > 0.2:
+        before_s = server.cpu_s()
+        await asyncio.sleep(1.0)
+    before_s = server.cpu_s()
+    await asyncio.sleep(IDLE_S)
+    spent_s = server.cpu_s() - before_s
+    held = sum(not task.done() for task in asking)
+    result = Idle(held, server.rss_mb(), spent_s / IDLE_S)
+    for wire in wires:
+        wire.close()
+    await asyncio.gather(*asking)
+    return result
+
+
 @contextmanager
-def gateway(folder: Path) -> Iterator[tuple[Server, Callable[[], float]]]:
+def stopped(process: psutil.Process) -> Iterator[None]:
+    """Router and workers stand still; nats-server, another process, goes on."""
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
+
+
+@contextmanager
+def gateway(folder: Path) -> Iterator[tuple[Server, Callable[[], float], psutil.Process]]:
     """``llmserve-gateway`` beside a stack that has the router, the simulated workers and nats-server."""
     manifest = manifest_with("sim.yaml", folder, MANIFEST)
     stack = Stack(manifest, folder / "stack.log")
@@ -168,7 +217,7 @@ def gateway(folder: Path) -> Iterator[tuple[Server, Callable[[], float]]]:
                 times = nats.cpu_times()
                 return times.user + times.system
 
-            yield Server(url, psutil.Process(process.pid)), nats_s
+            yield Server(url, psutil.Process(process.pid)), nats_s, psutil.Process(stack.pid)
 
 
 @contextmanager
@@ -182,6 +231,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["gateway", "vllm", "floor"], action="append")
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--idle", type=int, default=5000, help="idle streams to hold; 0: none")
     parser.add_argument("--profile", metavar="FILE", help="py-spy's record of the gateway, for example profile.svg")
     options = parser.parse_args()
     # So that nothing stays behind.
@@ -194,13 +244,27 @@ def main() -> None:
         servers: dict[str, Server] = {}
         nats: Callable[[], float] = float
         if "gateway" in chosen:
-            servers["gateway"], nats = stack.enter_context(gateway(folder))
+            servers["gateway"], nats, workers = stack.enter_context(gateway(folder))
         for kind in ("vllm", "floor"):
             if kind in chosen:
                 servers[kind] = stack.enter_context(other(kind, folder))
         uvloop.run(rounds(servers, options.rounds, options.seconds, numbers, costs, nats, options.profile))
         memory = {kind: server.rss_mb() for kind, server in servers.items()}
-    report(costs, memory)
+        more = {}
+        for kind in [kind for kind in ("gateway", "floor") if kind in servers]:
+            _, gaps_s = uvloop.run(tokens_cost(servers[kind], options.seconds, numbers, MANY_STREAMS))
+            more[f"gap_p99_ms_{MANY_STREAMS}_{kind}"] = percentile(gaps_s, 0.99) * 1e3
+        if options.idle and "gateway" in servers:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(20_000, hard_files()), hard_files()))
+            with stopped(workers):
+                idle = uvloop.run(idle_streams(servers["gateway"], options.idle, numbers))
+            more |= {"idle_streams": idle.held, "idle_rss_mb": idle.rss_mb, "idle_cpu_share": idle.cpu_share}
+    report(costs, memory, more)
+
+
+def hard_files() -> int:
+    """How many files this process may be allowed to have open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
 
 async def rounds(
@@ -227,7 +291,7 @@ async def rounds(
         await recorder.wait()
 
 
-def report(costs: dict[str, list[Cost]], memory: dict[str, float]) -> None:
+def report(costs: dict[str, list[Cost]], memory: dict[str, float], more: dict[str, float]) -> None:
     names = {
         "gateway": "llmserve-gateway",
         "vllm": "vLLM's own front end, no bus",
@@ -252,6 +316,9 @@ def report(costs: dict[str, list[Cost]], memory: dict[str, float]) -> None:
         }
         if kind == "gateway":
             figures["nats_us_per_token"] = statistics.median(cost.nats_us_per_token for cost in rows)
+    if {"gap_p99_ms", "gap_p99_ms_floor"} <= figures.keys():
+        figures["jitter_added_p99_ms"] = figures["gap_p99_ms"] - figures["gap_p99_ms_floor"]
+    figures |= more
     target = ROOT / "build" / "bench" / "gateway.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps({key: round(value, 3) for key, value in figures.items()}, indent=1) + "\n")

@@ -14,9 +14,10 @@ SMALL = {"engine.kv_space_gb": 0.5}
 
 @pytest.fixture(scope="session")
 def pd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """manifests/local.yaml: one prefill and one decode worker on the CPU."""
+    """manifests/local.yaml: one prefill and one decode worker on the CPU; with a parser of tool calls."""
     folder = tmp_path_factory.mktemp("pd")
-    stack = Stack(manifest_with("local.yaml", folder, SMALL), folder / "up.log")
+    changes = {**SMALL, "gateway.tool_call_parser": "hermes"}
+    stack = Stack(manifest_with("local.yaml", folder, changes), folder / "up.log")
     with running(stack):
         yield stack.ready()
 

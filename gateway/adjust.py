@@ -1,0 +1,97 @@
+"""What is changed in, or refused of, a request that vLLM has validated and would take as it is."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm.exceptions import VLLMValidationError
+
+from llmserve.gateway.caller import BATCH, current_caller
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+REMOVED_FIELDS = (
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "guided_decoding_backend",
+    "guided_whitespace_pattern",
+)
+"""Of older versions of vLLM. vLLM ignores them, and answers without the constraint that the client relies on."""
+
+BATCH_TIERS = ("flex", "batch")
+TIERS = ("auto", "default", "flex", "batch", "scale", "priority")
+
+Create = Callable[..., Awaitable[Any]]
+
+
+def install_adjustments(app: FastAPI) -> None:
+    """For every route that generates."""
+    state = app.state
+    for serving, name in (
+        (state.openai_serving_chat, "create_chat_completion"),
+        (state.openai_serving_completion, "create_completion"),
+        (state.openai_serving_responses, "create_responses"),
+    ):
+        setattr(serving, name, _adjusted(getattr(serving, name)))
+
+
+def adjust(request: Any) -> None:
+    """Change ``request`` and note its class with the caller. Raises ``VLLMValidationError``."""
+    extra = request.model_extra or {}
+    if removed := [name for name in REMOVED_FIELDS if extra.get(name) is not None]:
+        hint = "use structured_outputs or response_format"
+        raise VLLMValidationError(f"{', '.join(removed)} is not supported: {hint}", parameter=removed[0])
+    _choose_class(extra.get("service_tier", getattr(request, "service_tier", None)))
+    if _is_forced(getattr(request, "tool_choice", None)):
+        _pin_arguments(request.tools or ())
+
+
+def _adjusted(create: Create) -> Create:
+    @functools.wraps(create)
+    async def adjusted(request: Any, *arguments: Any, **options: Any) -> Any:
+        adjust(request)
+        return await create(request, *arguments, **options)
+
+    return adjusted
+
+
+def _choose_class(tier: object) -> None:
+    if tier is not None and tier not in TIERS:
+        raise VLLMValidationError(f"service_tier must be one of {', '.join(TIERS)}", parameter="service_tier")
+    caller = current_caller.get()
+    if caller is not None and tier in BATCH_TIERS:
+        caller.klass = BATCH
+
+
+def _is_forced(tool_choice: Any) -> bool:
+    return tool_choice is not None and tool_choice not in ("none", "auto")
+
+
+def _pin_arguments(tools: Any) -> None:
+    """Have a forced call's arguments follow the tool's schema.
+
+    vLLM constrains them only of a tool that says ``strict``; of any other a model may write a string where the object
+    belongs. A schema that the grammar's compiler does not know stays as it is.
+    """
+    for tool in tools:
+        function = getattr(tool, "function", tool)
+        if getattr(function, "strict", False) is None and _compiles(function.parameters):
+            function.strict = True
+
+
+def _compiles(schema: Any) -> bool:
+    import xgrammar
+
+    if not schema:
+        return False
+    try:
+        xgrammar.Grammar.from_json_schema(json.dumps(schema))
+    except (RuntimeError, ValueError, TypeError):
+        return False
+    return True

@@ -1,0 +1,102 @@
+"""What the gateway adds to, or refuses of, requests that vLLM's server takes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.gateway.conftest import World
+from tests.gateway.test_api import CHAT, TEXT
+
+COMPLETION = {"model": "smol", "prompt": "x"}
+ROUTES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": COMPLETION,
+    "/v1/responses": {"model": "smol", "input": "x"},
+}
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 9}}, "required": ["city"]}
+FUNCTION = {"name": "get_weather", "parameters": SCHEMA}
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+
+
+def sampling_params(world: World) -> Any:
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.serial_utils import MsgpackDecoder
+
+    return MsgpackDecoder(EngineCoreRequest).decode(world.bus.accepted[-1].request.body).sampling_params
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("url", ROUTES)
+async def test_constraints_that_vllm_would_ignore_are_refused_by_name(world: World, url: str, stream: bool) -> None:
+    for field, value in {
+        "guided_choice": ["a"],
+        "guided_regex": "a+",
+        "guided_json": {},
+        "guided_grammar": "x",
+    }.items():
+        response = await world.client.post(url, json={**ROUTES[url], field: value, "stream": stream})
+        error = response.json()["error"]
+        assert (response.status_code, error["param"], field in error["message"]) == (400, field, True)
+    assert world.bus.accepted == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("url", ["/v1/chat/completions", "/v1/completions"])
+async def test_the_service_tier_decides_the_class(world: World, url: str, stream: bool) -> None:
+    world.yields(TEXT)
+    wanted = {"flex": "batch", "batch": "batch", "auto": "interactive", "default": "interactive", None: "interactive"}
+    for tier in wanted:
+        body = {**ROUTES[url], "max_tokens": 2, "service_tier": tier, "stream": stream}
+        assert (await world.client.post(url, json=body)).status_code == 200
+    assert [stored.klass for stored in world.bus.accepted] == list(wanted.values())
+
+
+async def test_responses_have_service_tiers_too(world: World) -> None:
+    world.yields(TEXT)
+    response = await world.client.post("/v1/responses", json={"model": "smol", "input": "x", "service_tier": "flex"})
+    assert response.status_code == 200
+    assert world.bus.accepted[0].klass == "batch"
+
+
+async def test_an_unknown_service_tier_is_400(world: World) -> None:
+    response = await world.client.post("/v1/chat/completions", json={**CHAT, "service_tier": "gold"})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "service_tier")
+    assert "flex" in error["message"]
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED])
+async def test_forced_calls_follow_the_schema_of_their_arguments(world: World, choice: Any) -> None:
+    world.yields(TEXT)
+    tools = [{"type": "function", "function": FUNCTION}]
+    await world.client.post("/v1/chat/completions", json={**CHAT, "tools": tools, "tool_choice": choice})
+    tag = json.loads(sampling_params(world).structured_outputs.structural_tag)
+    assert '"maxLength": 9' in json.dumps(tag)
+
+
+async def test_a_client_that_says_not_strict_is_obeyed_and_free_calls_stay_free(world: World) -> None:
+    world.yields(TEXT)
+    loose = [{"type": "function", "function": {**FUNCTION, "strict": False}}]
+    await world.client.post("/v1/chat/completions", json={**CHAT, "tools": loose, "tool_choice": "required"})
+    assert "maxLength" not in sampling_params(world).structured_outputs.structural_tag
+    tools = [{"type": "function", "function": FUNCTION}]
+    await world.client.post("/v1/chat/completions", json={**CHAT, "tools": tools})
+    assert sampling_params(world).structured_outputs is None
+
+
+async def test_a_schema_that_no_grammar_can_follow_does_not_fail_the_request(world: World) -> None:
+    world.yields(TEXT)
+    odd = {"type": "object", "properties": {"a": {"type": "no such type"}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": odd}}]
+    body = {**CHAT, "tools": tools, "tool_choice": "required"}
+    assert (await world.client.post("/v1/chat/completions", json=body)).status_code == 200
+
+
+async def test_what_the_model_cannot_do_is_refused_by_name(world: World) -> None:
+    response = await world.client.post("/v1/embeddings", json={"model": "smol", "input": "x"})
+    error = response.json()["error"]
+    assert (response.status_code, error["type"]) == (404, "NotFoundError")
+    assert "embeddings" in error["message"]
