@@ -7,14 +7,13 @@ text of one choice. What the client gets is the same, byte for byte.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import Scope, Send
 from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionStreamResponse
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat, _make_prompt_tokens_details
@@ -25,6 +24,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from llmserve.gateway.chunks import Chunks, chat_chunks, completion_chunks, event
 from llmserve.gateway.http_protocol import writer_of
+from llmserve.gateway.presence import Presence
 from llmserve.gateway.text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class BusLLM(AsyncLLM):  # type: ignore[misc]
 
 
 class FastStream:
-    """An answer in the fast lane: a response of its own, since vLLM's routes know only iterators of text."""
+    """An answer in the fast lane."""
 
     def __init__(self, generation: Generation, engine: BusLLM, stream: TextStream) -> None:
         self._generation = generation
@@ -94,7 +94,7 @@ class FastStream:
         """Have the request accepted. Raises what becomes an error response."""
         self._request_id = await self._generation.start(self._stream)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def serve(self, scope: Scope, presence: Presence, send: Send) -> None:
         """Stream the answer; when the client goes, or anything else ends this early, the request is stopped."""
         assert self._request_id is not None
 
@@ -102,21 +102,15 @@ class FastStream:
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
         last = None
-        watching = asyncio.get_running_loop().create_task(self._watch(receive))
+        presence.tells(self._stream.leave)
         try:
             await send({"type": "http.response.start", "status": 200, "headers": list(_STREAM_HEADERS)})
             last = await self._stream.serve(send_body, writer_of(scope))
         finally:
-            watching.cancel()
             if last is None:
                 await self._engine.abort(self._request_id, internal=True)
         if last is not None:
             await send({"type": "http.response.body", "body": last, "more_body": False})
-
-    async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self._stream.leave()
 
 
 _STREAM_HEADERS = ((b"content-type", b"text/event-stream; charset=utf-8"),)

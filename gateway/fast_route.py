@@ -6,12 +6,11 @@ streamed request takes vLLM's route, from which the answer then comes.
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
@@ -20,6 +19,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from llmserve.gateway.fast_lane import FastStream
 from llmserve.gateway.inline import INLINE_BYTES, small_request
+from llmserve.gateway.presence import Presence
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -45,8 +45,14 @@ class FastRoute:
         if request is None:
             await self._slow(scope, _replayed(body, receive), send)
             return
-        response = await self._respond(request, Request(scope, receive, send), receive)
-        if response is not None:
+        presence = Presence(receive)
+        try:
+            response = await presence.cancels(self._accepted(request, Request(scope, receive, send)))
+            if isinstance(response, FastStream):
+                await response.serve(scope, presence, send)
+        finally:
+            presence.stop()
+        if response is not None and not isinstance(response, FastStream):
             await response(scope, receive, send)
 
     def _parse(self, scope: Scope, body: bytes) -> BaseModel | None:
@@ -55,24 +61,12 @@ class FastRoute:
             return None
         try:
             request = self._model.model_validate(json.loads(body))
-        except (ValueError, ValidationError):
+        except Exception:
+            # Whatever it is, a nesting too deep included: vLLM's route says what is wrong.
             return None
         return request if getattr(request, "stream", False) else None
 
-    async def _respond(self, request: BaseModel, raw_request: Request, receive: Receive) -> ASGIApp | None:
-        """The response; None if the client has gone before there was one."""
-        creating = asyncio.ensure_future(self._accepted(request, raw_request))
-        watching = asyncio.ensure_future(_gone(receive))
-        try:
-            await asyncio.wait((creating, watching), return_when=asyncio.FIRST_COMPLETED)
-            return creating.result() if creating.done() else None
-        finally:
-            watching.cancel()
-            if not creating.done():
-                creating.cancel()
-                await asyncio.wait((creating,))
-
-    async def _accepted(self, request: BaseModel, raw_request: Request) -> ASGIApp:
+    async def _accepted(self, request: BaseModel, raw_request: Request) -> FastStream | ASGIApp:
         made = await self._create(request, raw_request)
         if isinstance(made, FastStream):
             # Before the response begins, so that a refusal has its own status.
@@ -109,11 +103,6 @@ async def _read(receive: Receive) -> bytes | None:
         parts.append(message.get("body", b""))
         if not message.get("more_body"):
             return b"".join(parts)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

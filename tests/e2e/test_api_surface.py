@@ -153,7 +153,7 @@ def test_a_json_object_is_one(client: openai.OpenAI, pd: Stack) -> None:
         messages=[{"role": "user", "content": 'Reply with {"a": 1} and nothing else.'}],
         response_format={"type": "json_object"},
         temperature=0,
-        max_tokens=60,
+        max_tokens=24,
     )
     text = answer.choices[0].message.content or ""
     assert text.lstrip().startswith("{")
@@ -266,17 +266,22 @@ def test_embeddings_are_refused_by_name(client: openai.OpenAI, pd: Stack) -> Non
 # -- reasoning: a second gateway on the same bus ---------------------------------------------------------------------
 
 
+THOUGHTS = "Here is my thought process: [a-z ]{4,12} Here is my response: [A-Z][a-z]{3,8}"
+"""In the words of Granite, whose parser needs no tokens of its own."""
+
+
 @pytest.fixture(scope="module")
 def reasoning(pd: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     folder = tmp_path_factory.mktemp("reasoning")
     state = str(pd.manifest.parent / "state")
     port = free_port()
-    changes = {"gateway.reasoning_parser": "deepseek_r1", "gateway.port": port, "bus.state_dir": state}
+    changes = {"gateway.reasoning_parser": "granite", "gateway.port": port, "bus.state_dir": state}
     command = [str(BIN / "llmserve-gateway"), "--manifest", str(manifest_with("local.yaml", folder, changes))]
     process = Process("gateway", command, folder / "gateway.log")
     with running(process):
         url = f"http://127.0.0.1:{port}"
-        wait_for(lambda: answers(f"{url}/health/ready"), 120, f"the second gateway:\n{process.output[-2000:]}")
+        process.wait_for_line("serving on", 120)
+        wait_for(lambda: answers(f"{url}/health/ready"), 20, "the second gateway to be ready")
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0)
 
 
@@ -287,7 +292,7 @@ def test_reasoning_is_told_from_the_answer(reasoning: openai.OpenAI, pd: Stack, 
         "messages": ASK,
         "temperature": 0,
         "max_tokens": 40,
-        "extra_body": {"structured_outputs": {"regex": "[a-z ]{4,12}</think>[A-Z][a-z]{3,8}"}},
+        "extra_body": {"structured_outputs": {"regex": THOUGHTS}},
     }
     if stream:
         deltas = [
@@ -298,5 +303,5 @@ def test_reasoning_is_told_from_the_answer(reasoning: openai.OpenAI, pd: Stack, 
     else:
         message = reasoning.chat.completions.create(**asked).choices[0].message.model_dump()
         thought, said = message["reasoning"], message["content"]
-    assert re.fullmatch("[a-z ]{4,12}", thought), (thought, said)
-    assert re.fullmatch("[A-Z][a-z]{3,8}", said), (thought, said)
+    assert re.fullmatch("[a-z ]{4,12}", thought.strip()), (thought, said)
+    assert re.fullmatch("[A-Z][a-z]{3,8}", said.strip()), (thought, said)

@@ -99,7 +99,10 @@ OWN: dict[str, dict[str, list[Any]]] = {
 
 def wrong_field(chance: random.Random, url: str) -> bytes:
     field = chance.choice(list(OWN[url]))
-    return json.dumps({**VALID[url], field: chance.choice(OWN[url][field])}).encode()
+    streams = (
+        {"stream": True} if chance.random() < 0.5 and "tokenize" not in url and field != "stream_options" else {}
+    )
+    return json.dumps({**VALID[url], **streams, field: chance.choice(OWN[url][field])}).encode()
 
 
 def missing_field(chance: random.Random, url: str) -> bytes:
@@ -132,7 +135,8 @@ def nested(chance: random.Random, url: str) -> bytes:
     opening, closing = chance.choice([(b"[", b"]"), (b'{"a":', b"}")])
     value = opening * depth + b"1" + closing * depth
     field = REQUIRED[url][0]
-    return chance.choice([value, b'{"model": "smol", "%s": %s}' % (field.encode(), value)])
+    stream = chance.choice([b"", b'"stream": true, '])
+    return chance.choice([value, b'{"model": "smol", %s"%s": %s}' % (stream, field.encode(), value)])
 
 
 def odd_numbers(chance: random.Random, url: str) -> bytes:
