@@ -165,12 +165,15 @@ class Idle:
 
 async def idle_streams(server: Server, count: int, numbers: Iterator[int]) -> Idle:
     """Open ``count`` streams, wait, and see how many are still open and what they cost."""
-    wires = await connect(server.url, count)
+    wires: list[Wire] = []
     asking = []
-    for start in range(0, count, 100):
-        for wire in wires[start : start + 100]:
+    while len(wires) < count:
+        # The gateway drops connections that send nothing.
+        fresh = await connect(server.url, min(100, count - len(wires)))
+        for wire in fresh:
             request = chat_request(server.url, SERVED, PROMPT.format(next(numbers)), ANSWER_TOKENS)
             asking.append(asyncio.create_task(wire.ask(request)))
+        wires += fresh
         await asyncio.sleep(0.25)
     # Until the gateway has taken them all.
     before_s = -1.0

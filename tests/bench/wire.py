@@ -78,7 +78,10 @@ class Wire(asyncio.Protocol):
         self._tail = b""
         self._answer = Answer(time.perf_counter())
         self._ended = asyncio.get_running_loop().create_future()
-        self._transport.write(request)
+        if self._transport.is_closing():
+            self._finish()
+        else:
+            self._transport.write(request)
         return await self._ended
 
     def close(self) -> None:
