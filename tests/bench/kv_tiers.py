@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from llmserve.bus.messages import Role, Stage
-from llmserve.kvstore.codec import Codec, PageKind, read_header
+from llmserve.kvstore.codec import Codec, DiskType, PageKind, read_header
 from llmserve.kvstore.keys import parse_path
 from llmserve.kvstore.stores.filesystem import FilesystemStore
 from llmserve.manifests.models import resolve_model
@@ -51,7 +51,7 @@ def texts(count: int, tokens: int) -> list[list[int]]:
     return [[*tokenizer.encode(f"Part {n}. "), *ids[n * step :]][:tokens] for n in range(count)]
 
 
-def with_classes(*classes: StorageClass, disk: str = "int8") -> Manifest:
+def with_classes(*classes: StorageClass, disk: DiskType = "int8") -> Manifest:
     made = manifest()
     kv_cache = KVCache(prefix_caching=False, dram_gb=0.25, disk_dtype=disk) if classes else made.spec.kv_cache
     spec = msgspec.structs.replace(made.spec, kv_cache=kv_cache, storageClasses=classes)

@@ -77,7 +77,7 @@ class Tier:
 
         def answer() -> str:
             name: str = self.tier.lookup(key(number), ctx).name
-            self.tier.on_schedule_end(None)  # type: ignore[arg-type]
+            self.tier.on_schedule_end(None)
             return "" if name == "RETRY" else name
 
         return str(until(answer))
@@ -164,7 +164,7 @@ def test_a_bucket_that_is_out_of_reach_blocks_no_step(url: str, monkeypatch: pyt
             begun = time.monotonic()
             made.tier.submit_store(made.job([number], [0], context()))
             made.tier.lookup(key(100 + number), context())
-            made.tier.on_schedule_end(None)  # type: ignore[arg-type]
+            made.tier.on_schedule_end(None)
             list(made.tier.get_finished_jobs())
             slowest = max(slowest, time.monotonic() - begun)
         assert made.lookup(500) == "MISS"
