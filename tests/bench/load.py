@@ -90,7 +90,7 @@ async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, objec
                     ttft_s = now - start
                 last = now
                 chunks += 1
-                text.append(choice["text"])
+                text.append(choice["text"] if "text" in choice else choice["delta"].get("content") or "")
                 finish = choice["finish_reason"] or finish
     except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
         return ended(repr(error))
