@@ -2,7 +2,8 @@
 
 Fed with what workers tell (``Notice``) and with listings, ``due`` says what has to be done now. Rules, in order:
 
-- A page idle for ``evict_if_inactive_s`` goes to the next tier; from the last one it goes away.
+- A page idle for ``evict_if_inactive_s`` goes to the next tier, where its time begins anew; from the last one it goes
+  away.
 - Above a tier's capacity the pages go in the order of ``HotSets``: the coldest of the space furthest above its hot
   set. Pages used within ``hot_keep_s`` stay as long as others can go, those of spaces within their hot sets anyway.
 - Where ``prefetch`` is on and a page of a prefix is read, the pages that follow it are wanted one tier up.

@@ -54,7 +54,7 @@ class PageKeeper:
     ) -> None:
         classes = manifest.spec.storageClasses
         eviction = manifest.spec.kv_cache.eviction
-        rules = Rules(hot_bytes=hot_bytes(manifest))
+        rules = Rules(evict_if_inactive_s=math.inf, hot_bytes=hot_bytes(manifest))
         if eviction is not None:
             rules = Rules(float(eviction.hot_keep_secs), float(eviction.evict_if_inactive_secs), hot_bytes(manifest))
         self._manager = Manager(
@@ -272,8 +272,8 @@ class PageKeeper:
 
         if not await self._guarded(below, write):
             return False
-        page = self._manager.pages(move.tier).get(move.path)
-        self._manager.stored(target, key, len(data), page.used_s if page else time.time())
+        # Where it comes to, its idle time begins anew.
+        self._manager.stored(target, key, len(data), time.time())
         self._changed(below.store.name, [key], came=True)
         return True
 

@@ -64,11 +64,11 @@ class World:
         space = move.path.split("/")[3]
         if move.kind is MoveKind.PREFETCH:
             return
-        used_s = self.tiers[move.tier].pop(move.path)
+        del self.tiers[move.tier][move.path]
         if move.kind is MoveKind.DEMOTE:
-            self.tiers[move.tier + 1][move.path] = used_s
+            self.tiers[move.tier + 1][move.path] = self.now_s
             self.manager.stored(
-                move.tier + 1, key(int(move.path.split("/")[5].split(".")[0], 16), space), SIZE, used_s
+                move.tier + 1, key(int(move.path.split("/")[5].split(".")[0], 16), space), SIZE, self.now_s
             )
         elif not any(move.path in tier for tier in self.tiers):
             self.lost.append(move.path)
@@ -146,8 +146,11 @@ def test_idle_pages_go_down_tier_by_tier_and_then_away() -> None:
     world.now_s += 99.0
     assert world.settle() == []
     world.now_s += 1.0
-    # Idle is idle: the second tier is no new life.
-    assert [(m.kind, m.tier) for m in world.settle()] == [(MoveKind.DEMOTE, 0), (MoveKind.DELETE, 1)]
+    assert [(m.kind, m.tier) for m in world.settle()] == [(MoveKind.DEMOTE, 0)]
+    world.now_s += 99.0
+    assert world.settle() == []
+    world.now_s += 1.0
+    assert [(m.kind, m.tier) for m in world.settle()] == [(MoveKind.DELETE, 1)]
     assert world.lost == [path(1)]
 
 

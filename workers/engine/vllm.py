@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from llmserve.bus.messages import Reason, Role
 from llmserve.manifests.schema import Manifest
+from llmserve.manifests.sizes import dram_bytes
 from llmserve.workers.engine import shm
 from llmserve.workers.engine.base import (
     Engine,
@@ -23,6 +24,7 @@ from llmserve.workers.engine.base import (
     Step,
     Work,
 )
+from llmserve.workers.engine.load_rates import LoadRates
 from llmserve.workers.engine.vllm_config import VllmOptions, apply_environment, build_config
 from llmserve.workers.engine.vllm_core import Core, Pages
 from llmserve.workers.engine.vllm_events import changes_of
@@ -64,6 +66,7 @@ class VllmEngine(Engine):
         self._steps: asyncio.Queue[Step] = asyncio.Queue()
         self._died: EngineDied | None = None
         self._load = EngineLoad()
+        self._rates = LoadRates(manifest.spec.storageClasses)
         self._pages_total = 0
         self._block_tokens = 0
         self._events_folder: tempfile.TemporaryDirectory[str] | None = None
@@ -78,9 +81,8 @@ class VllmEngine(Engine):
         self._core = ThreadCore(config, self._options.threads) if thread else ProcessCore(config)
         pages = await self._core.start(self._sink)
         model = config.model_config
-        self._stager = RequestStager(
-            Limits(model.max_model_len, model.get_vocab_size()), self._manifest.spec.security.cache_sharing
-        )
+        sharing = self._manifest.spec.security.cache_sharing if dram_bytes(self._manifest) else None
+        self._stager = RequestStager(Limits(model.max_model_len, model.get_vocab_size()), sharing)
         self._reader = OutputReader()
         self._pages_total = pages.total
         self._block_tokens = pages.tokens
@@ -158,7 +160,7 @@ class VllmEngine(Engine):
                 return step
 
     def load(self) -> EngineLoad:
-        return self._load
+        return replace(self._load, load_tokens_s=dict(self._rates.tokens_s))
 
     def _sink(self, outputs: EngineCoreOutputs | KVEventBatch | Exception) -> None:
         if isinstance(outputs, Exception):
@@ -176,6 +178,7 @@ class VllmEngine(Engine):
             step.transfers.extend(transfers_of(stats))
             step.released.extend(self._released(released_of(stats)))
             step.tiers.update(tiers_of(stats))
+            self._rates.saw(step.tiers, self._block_tokens)
         if _says_something(step):
             computed = sum(output.computed_tokens or 0 for output in step.outputs)
             self._steps.put_nowait(Step(step.outputs, step.released, step.transfers, computed, tiers=step.tiers))

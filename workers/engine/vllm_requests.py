@@ -46,12 +46,12 @@ class RequestStager:
     """Decodes bodies and makes each stage's request of them."""
 
     def __init__(self, limits: Limits, sharing: Mapping[str, Sequence[str]] | None = None) -> None:
-        """``sharing``: the manifest's ``security.cache_sharing``."""
+        """``sharing``: the manifest's ``security.cache_sharing`` where there are tiers, None where there are none."""
         from vllm.v1.engine import EngineCoreRequest
         from vllm.v1.serial_utils import MsgpackDecoder
 
         self._limits = limits
-        self._sharing = sharing or {}
+        self._sharing = sharing
         self._decoder = MsgpackDecoder(EngineCoreRequest)
 
     def stage(self, work: Work, core_id: str) -> Staged:
@@ -79,7 +79,7 @@ class RequestStager:
             staged = self._prefill(request, params, whole_output=work.whole_output)
         elif work.stage is Stage.DECODE:
             staged = self._decode_stage(request, params, work)
-        if work.tenant:
+        if work.tenant and self._sharing is not None:
             space = space_of(work.tenant, self._sharing)
             _add_params(self._params(request), tier_params(space, handed_over))
         return staged
