@@ -79,15 +79,19 @@ class PageKeeper:
         self.ready = asyncio.Event()
         """Everything was listed once."""
         tier = ("tier",)
-        self._pages = Gauge("llmserve_kv_pages", "Pages in the tier", tier, registry=registry)
-        self._bytes = Gauge("llmserve_kv_bytes", "Bytes of the pages in the tier, as stored", tier, registry=registry)
-        self._done = Counter("llmserve_kv_moves", "Orders carried out", (*tier, "kind"), registry=registry)
-        self._failed = Counter("llmserve_kv_failures", "Orders and listings that failed", tier, registry=registry)
+        self._pages = Gauge("llmserve_storage_pages", "Pages in the tier", tier, registry=registry)
+        self._bytes = Gauge(
+            "llmserve_storage_bytes", "Bytes of the pages in the tier, as stored", tier, registry=registry
+        )
+        self._done = Counter("llmserve_storage_moves", "Orders carried out", (*tier, "kind"), registry=registry)
+        self._failed = Counter(
+            "llmserve_storage_failures", "Orders and listings that failed", tier, registry=registry
+        )
         self._out = Gauge(
-            "llmserve_kv_out_of_use", "1 while the tier is left alone since it fails", tier, registry=registry
+            "llmserve_storage_out_of_use", "1 while the tier is left alone since it fails", tier, registry=registry
         )
         self._listing_s = Gauge(
-            "llmserve_kv_listing_seconds", "Time that the last listing took", tier, registry=registry
+            "llmserve_storage_listing_seconds", "Time that the last listing took", tier, registry=registry
         )
 
     @property

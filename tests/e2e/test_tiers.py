@@ -35,7 +35,7 @@ def test_a_stack_that_is_started_again_loads_what_the_last_one_computed(tmp_path
             texts.append(text)
             assert (cached > 500) == (start == 1), cached
             wait_for(lambda: len(list(pages.rglob("*.kv"))) >= 4, 20, "pages are kept")
-            known = lambda: total(metrics(stack.metrics_url), "llmserve_kv_pages", tier="disk")  # noqa: E731
+            known = lambda: total(metrics(stack.metrics_url), "llmserve_storage_pages", tier="disk")  # noqa: E731
             wait_for(lambda: known() >= 4, 20, "the kv role knows them")  # noqa: B023
             assert stack.stop() == 0
     assert texts[0] == texts[1]
