@@ -4,7 +4,7 @@ A file is written under a temporary name and renamed: a crash leaves no half pag
 last use is the file's mtime, set on ``touch``, since most systems are mounted without access times.
 
 Calls run on a pool of threads. ``aiofiles`` does the same with one hop for each open, read and close: reading 1.4 MB
-pages from the page cache it took 1.6 times as long (``make bench-kv`` prints both).
+pages from the page cache it took 1.3 to 1.6 times as long (``make bench-kv`` prints both).
 """
 
 from __future__ import annotations

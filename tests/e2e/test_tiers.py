@@ -19,6 +19,11 @@ def answer(stack: Stack) -> tuple[str, int]:
     return done.choices[0].text, (details.cached_tokens or 0) if details else 0
 
 
+def pages_known(stack: Stack) -> float:
+    """To the kv role inside the stack."""
+    return total(metrics(stack.metrics_url), "llmserve_storage_pages", tier="disk")
+
+
 def test_a_stack_that_is_started_again_loads_what_the_last_one_computed(tmp_path: Path) -> None:
     pages = tmp_path / "pages"
     changes = {
@@ -35,7 +40,6 @@ def test_a_stack_that_is_started_again_loads_what_the_last_one_computed(tmp_path
             texts.append(text)
             assert (cached > 500) == (start == 1), cached
             wait_for(lambda: len(list(pages.rglob("*.kv"))) >= 4, 20, "pages are kept")
-            known = lambda: total(metrics(stack.metrics_url), "llmserve_storage_pages", tier="disk")  # noqa: E731
-            wait_for(lambda: known() >= 4, 20, "the kv role knows them")  # noqa: B023
+            wait_for(lambda stack=stack: pages_known(stack) >= 4, 20, "the kv role knows them")  # type: ignore[misc]
             assert stack.stop() == 0
     assert texts[0] == texts[1]
