@@ -12,8 +12,9 @@ from llmserve.bus.subjects import Subjects
 
 FILE_AGE_S = 30 * 86400.0
 PUBLISHED_AGE_S = 86400.0
-SUBMIT_MAX_MESSAGES = 100_000
-SUBMIT_MAX_BYTES = 2 << 30
+SUBMIT_MAX_MESSAGES = 20_000
+SUBMIT_MAX_BYTES = 1 << 20
+"""Of one message. The server reserves a stream's own ``max_bytes`` on its disk, which many tenants would use up."""
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def submit_config(subjects: Subjects, tenant: str, settings: BusSettings) -> Con
         "allow_direct": True,
         "discard": "new",
         "max_msgs": SUBMIT_MAX_MESSAGES,
-        "max_bytes": SUBMIT_MAX_BYTES,
+        "max_msg_size": SUBMIT_MAX_BYTES,
         "max_age": _ns(PUBLISHED_AGE_S),
         "duplicate_window": _ns(3600.0),
     }

@@ -92,7 +92,9 @@ async def _up(manifest: Manifest, arguments: argparse.Namespace, terminal: _Term
     stack = Stack(
         manifest, progress, arguments.nats, read_manifest=lambda: resolve(load(arguments.manifest), os.environ)
     )
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, stack.reload)
+    # A terminal that is closed sends it too, and means the end.
+    if not os.isatty(0):
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, stack.reload)
     stopping = _stop_signal()
     code = 0
     try:

@@ -101,7 +101,9 @@ async def _serve(manifest: Manifest, parsed: argparse.Namespace) -> int:
     bus = await connect(endpoint.url, endpoint.token, manifest.metadata.name, member=member_id, settings=settings)
     registry = CollectorRegistry()
     gateway = Gateway(manifest, bus, member_id, registry, read_manifest=lambda: _read(parsed))
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, gateway.reload)
+    # A terminal that is closed sends it too, and means the end.
+    if not os.isatty(0):
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, gateway.reload)
     metrics = MetricsServer(registry, manifest.spec.gateway.host, manifest.spec.gateway.metrics_port)
     try:
         await metrics.start()

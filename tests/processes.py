@@ -73,6 +73,7 @@ class Process:
         with log.open("ab") as out:
             self.child = subprocess.Popen(
                 command,
+                stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(env or {})},
