@@ -44,10 +44,15 @@ class Timing:
     prefill_s_per_token: float = 20e-6
     decode_s_per_request: float = 50e-6
     transfer_bits_per_s: float = 100e9
+    load_s_per_page: float = 0.0
+    """From the tier in DRAM."""
 
     def step_seconds(self, batch: Batch) -> float:
         return (
-            self.step_s + batch.prefill_tokens * self.prefill_s_per_token + batch.decodes * self.decode_s_per_request
+            self.step_s
+            + batch.prefill_tokens * self.prefill_s_per_token
+            + batch.decodes * self.decode_s_per_request
+            + batch.loaded_pages * self.load_s_per_page
         )
 
 
@@ -196,6 +201,7 @@ class SimulatedEngine(Engine):
             work_id=output.work_id,
             tokens=output.tokens,
             cached_tokens=output.cached_tokens,
+            loaded_tokens=output.loaded_tokens,
             computed_tokens=output.computed_tokens,
             handoff=msgspec.msgpack.encode(params),
             pages=sequence.pages,

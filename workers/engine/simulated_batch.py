@@ -81,6 +81,8 @@ class Sequence:
     prefilled: int = 0
     """Prompt tokens computed here, again after a preemption."""
     cached: int = 0
+    loaded: int = 0
+    """Of ``cached``, tokens that came from the tier."""
     yielded: bool = False
 
     @property
@@ -112,6 +114,8 @@ class Limits:
     long_prompt_tokens: int | None = None
     """A longer prompt advances by at most so many tokens a step."""
     prefix_cache: bool = False
+    dram_pages: int = 0
+    """Of a tier below the prefix cache."""
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)
@@ -124,6 +128,8 @@ class Batch:
     items: list[tuple[Sequence, int]] = field(default_factory=list)
     prefill_tokens: int = 0
     decodes: int = 0
+    loaded_pages: int = 0
+    """From the tier, before the step."""
     loads: list[Sequence] = field(default_factory=list)
     """Admitted sequences whose pages are now to be fetched; they are not in ``items``."""
 
@@ -133,7 +139,7 @@ class Scheduler:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.pool = PagePool(limits.pages)
+        self.pool = PagePool(limits.pages, limits.dram_pages)
         self.sequences: dict[str, Sequence] = {}
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -311,7 +317,8 @@ class Scheduler:
         while self.waiting and len(self.running) + self.loading < limits.slots:
             sequence = self.waiting[0]
             found = self._find_pages(sequence)
-            sequence.computed = len(found) * limits.page_tokens
+            below = self._find_below(sequence, len(found))
+            sequence.computed = (len(found) + below) * limits.page_tokens
             tokens = self._chunk(sequence, budget, batch)
             need = limits.pages_for(sequence.length)
             if not self.pool.can_take(found, need - len(found)) or not (tokens or sequence.handoff):
@@ -322,8 +329,11 @@ class Scheduler:
             sequence.pages = need
             if sequence.names is not None:
                 sequence.names.shared = found
+                self._name_pages(sequence)
+                batch.loaded_pages += below
             if not sequence.yielded and not sequence.handoff:
                 sequence.cached = sequence.computed
+                sequence.loaded = below * limits.page_tokens
             if sequence.handoff:
                 sequence.phase = Phase.LOADING
                 self.loading += 1
@@ -341,6 +351,13 @@ class Scheduler:
             return []
         hashes = names.hashes[: (sequence.length - 1) // self.limits.page_tokens]
         return hashes[: self.pool.known(hashes)]
+
+    def _find_below(self, sequence: Sequence, found: int) -> int:
+        """Pages behind the first ``found`` that the tier has; those of a handoff come from elsewhere."""
+        names = sequence.names
+        if names is None or sequence.handoff:
+            return 0
+        return self.pool.loadable(names.hashes[found : (sequence.length - 1) // self.limits.page_tokens])
 
     def _name_pages(self, sequence: Sequence) -> None:
         """Give its full pages their names."""
@@ -393,6 +410,7 @@ class Scheduler:
             reason=reason,
             stop_reason=token if reason is Reason.STOP else None,
             cached_tokens=sequence.cached if first else None,
+            loaded_tokens=sequence.loaded if first else 0,
             computed_tokens=sequence.prefilled if first else None,
         )
 

@@ -1,7 +1,8 @@
 """The page pool of a simulated engine: private pages, and named ones that later sequences find again.
 
 As in vLLM's block pool, a page that is full gets the hash of its block as its name, a page that nobody uses any more
-keeps its name until its memory is needed, and the one that was left first goes first. No I/O, no clock.
+keeps its name until its memory is needed, and the one that was left first goes first. Below the pool may lie a tier
+in DRAM: what is evicted goes there, and is loaded again when it is asked for. No I/O, no clock.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ from llmserve.bus.messages import KvChange, Tier
 
 
 class PagePool:
-    """``pages`` in all. Named pages are known by the short hash of their block."""
+    """``pages`` in all, ``dram_pages`` in the tier. Named pages are known by the short hash of their block."""
 
-    def __init__(self, pages: int) -> None:
+    def __init__(self, pages: int, dram_pages: int = 0) -> None:
         self.pages = pages
+        self.dram_pages = dram_pages
+        self._dram: dict[int, None] = {}
+        """In the order of their last use."""
+        self._dram_before: dict[int, bool] = {}
+        """Whether the tier had them when ``changes`` was called last."""
         self.private = 0
         """Pages in use that have no name."""
         self._uses: dict[int, int] = {}
@@ -42,6 +48,13 @@ class PagePool:
                 return count
         return len(hashes)
 
+    def loadable(self, hashes: Sequence[int]) -> int:
+        """How many of the leading blocks the tier has."""
+        for count, number in enumerate(hashes):
+            if number not in self._dram:
+                return count
+        return len(hashes)
+
     def can_take(self, shared: Sequence[int], private: int) -> bool:
         """Whether ``take`` of the same would work."""
         return private + sum(number in self._idle for number in shared) <= self.free
@@ -56,6 +69,18 @@ class PagePool:
             oldest = next(iter(self._idle))
             del self._idle[oldest]
             self._removed.append(oldest)
+            self._demote(oldest)
+
+    def _demote(self, number: int) -> None:
+        if not self.dram_pages:
+            return
+        self._dram_before.setdefault(number, number in self._dram)
+        self._dram.pop(number, None)
+        self._dram[number] = None
+        if len(self._dram) > self.dram_pages:
+            oldest = next(iter(self._dram))
+            self._dram_before.setdefault(oldest, True)
+            del self._dram[oldest]
 
     def name(self, number: int) -> bool:
         """A private page in use is full: give it its name. False if another page has it, which is used instead."""
@@ -78,6 +103,15 @@ class PagePool:
 
     def changes(self) -> list[KvChange]:
         """What was named and lost its name since the last call."""
+        return [*self._gpu_changes(), *self._dram_changes()]
+
+    def _dram_changes(self) -> list[KvChange]:
+        before, self._dram_before = self._dram_before, {}
+        stored = [number for number, was in before.items() if not was and number in self._dram]
+        removed = [number for number, was in before.items() if was and number not in self._dram]
+        return [KvChange(Tier.DRAM, pack_short(stored), pack_short(removed))] if stored or removed else []
+
+    def _gpu_changes(self) -> list[KvChange]:
         if not self._stored and not self._removed:
             return []
         # A name may have gone and come back, or the other way round: what is here now decides.
@@ -93,3 +127,4 @@ class PagePool:
         assert min(self._uses.values(), default=1) > 0
         assert self.private >= 0
         assert self.private + len(self._uses) + len(self._idle) <= self.pages
+        assert len(self._dram) <= self.dram_pages
