@@ -6,14 +6,13 @@ channel and the workers are the real ones, over the bus in memory; the engines a
 prefix cache of vLLM and a tier in DRAM, and take the time that ``TIMING`` says. Compared are placement by locality
 with the tier, and round robin among the workers that have credit without it; the same with prompts that share
 nothing.
-Writes ``trace_ttft_ratio`` and ``no_reuse_ttft_ratio`` into ``build/bench/kv.json``.
+``make bench-kv`` writes ``trace_ttft_ratio`` and ``no_reuse_ttft_ratio``; run alone it only prints.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import statistics
@@ -103,6 +102,7 @@ def asks(lines: Sequence[TraceLine], compression: float, *, reuse: bool) -> list
 class Codec(RequestCodec):
     """What the gateway knows of one request."""
 
+    mode = Mode.RESUME
     whole_output = False
 
     def __init__(self, ask: Ask) -> None:
@@ -224,7 +224,7 @@ class Deployment:
     async def _stream(self, name: str, ask: Ask) -> None:
         now_s = time.monotonic()
         self._waiting[name], self._open[name] = now_s, asyncio.get_running_loop().create_future()
-        await self._channel.open(name, "t", "interactive", Codec(ask), Mode.RESUME, now_s)
+        await self._channel.open(name, "t", "interactive", Codec(ask), now_s)
         await self._open[name]
         self.outcome.prompt_tokens += len(ask.prompt)
 
@@ -291,33 +291,27 @@ async def compare(lines: Sequence[TraceLine], load: float, *, reuse: bool) -> fl
     return local.mean_s / robin.mean_s
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def figures(
+    trace: Path = TRACE, requests: int = 2000, load: float = 1.0, no_reuse_load: float = 0.85
+) -> dict[str, float]:
+    """Both ratios; ``load``: of the prefill engines, if nothing were reused."""
+    lines = read_trace(trace, requests)
+    print(f"{'TTFT':<42}{'mean ms':>10}{'p50 ms':>10}{'p99 ms':>10}{'cached':>9}{'s':>8}")
+    return {
+        "trace_ttft_ratio": asyncio.run(compare(lines, load, reuse=True)),
+        "no_reuse_ttft_ratio": asyncio.run(compare(lines, no_reuse_load, reuse=False)),
+    }
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trace", type=Path, default=TRACE, help="also by the folder in $LLMSERVE_TRACES")
     parser.add_argument("--requests", type=int, default=2000, help="the first so many of the trace")
     parser.add_argument("--load", type=float, default=1.0, help="of the prefill engines, if nothing were reused")
     parser.add_argument("--no-reuse-load", type=float, default=0.85)
-    options = parser.parse_args(arguments)
-    if not options.trace.exists():
-        raise SystemExit(f"--trace: {options.trace} is not there: download Mooncake's conversation trace")
-    lines = read_trace(options.trace, options.requests)
-    print(f"{'TTFT':<42}{'mean ms':>10}{'p50 ms':>10}{'p99 ms':>10}{'cached':>9}{'s':>8}")
-    figures = {
-        "trace_ttft_ratio": asyncio.run(compare(lines, options.load, reuse=True)),
-        "no_reuse_ttft_ratio": asyncio.run(compare(lines, options.no_reuse_load, reuse=False)),
-    }
-    write(figures)
-    for name, value in figures.items():
+    options = parser.parse_args()
+    for name, value in figures(options.trace, options.requests, options.load, options.no_reuse_load).items():
         print(f"{name:<24}{value:>8.3f}")
-
-
-def write(figures: dict[str, float]) -> None:
-    """Keep what other benchmarks have written into the same file."""
-    target = ROOT / "build" / "bench" / "kv.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(target.read_text()) if target.exists() else {}
-    known.update({name: round(value, 4) for name, value in figures.items()})
-    target.write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,15 @@ PROMPT = list(range(1, 19))
 class Run:
     """A scheduler with a prefix cache, stepped until all is done, and a mirror of what it told."""
 
-    def __init__(self, pages: int = 64, *, prefix_cache: bool = True) -> None:
+    def __init__(self, pages: int = 64, *, prefix_cache: bool = True, dram_pages: int = 0) -> None:
         limits = Limits(
-            slots=4, step_tokens=16, pages=pages, page_tokens=PAGE, max_model_len=200, prefix_cache=prefix_cache
+            slots=4,
+            step_tokens=16,
+            pages=pages,
+            page_tokens=PAGE,
+            max_model_len=200,
+            prefix_cache=prefix_cache,
+            dram_pages=dram_pages,
         )
         self.scheduler = Scheduler(limits)
         self.mirror = KvFeed("w", "f", PAGE, "h")
@@ -135,7 +141,7 @@ def test_pages_held_for_a_handoff_can_be_shared_and_stay_when_it_is_over() -> No
 @given(st.integers(0, 2**32), st.integers(14, 40))
 def test_a_cache_changes_no_token_and_loses_no_page(seed: int, pages: int) -> None:
     rng = random.Random(seed)
-    run = Run(pages)
+    run = Run(pages, dram_pages=rng.choice((0, 5, 50)))
     prompts: dict[str, list[int]] = {}
     for number in range(25):
         prompt = [rng.choice((1, 2))] * rng.choice((4, 9, 16)) + [
@@ -167,3 +173,28 @@ def test_a_page_computed_twice_is_kept_once(told: bool) -> None:
     pool.leave([7, 7], 0)
     pool.check()
     assert (pool.free, pool.named) == (4, 1)
+
+
+def test_what_is_evicted_goes_to_the_tier_and_is_loaded_from_it_again() -> None:
+    run = Run(pages=12, dram_pages=100)
+    for name, first in (("a", 0), ("b", 50), ("c", 90)):
+        run.add(name, [first + token for token in PROMPT])
+        run.run()
+    hashes = unpack_short(short_hashes(PROMPT, PAGE, ""))
+    assert run.mirror.held(Tier.DRAM) >= set(hashes[2:])
+    run.add("d", PROMPT)
+    run.run()
+    assert (run.cached("d"), run.first["d"].loaded_tokens) == (16, 8)
+    assert run.tokens["d"] == run.tokens["a"]
+
+
+def test_a_full_tier_forgets_what_was_evicted_first() -> None:
+    pool = PagePool(1, dram_pages=2)
+    for number in range(1, 6):
+        pool.take((), 1)
+        pool.name(number)
+        pool.leave([number], 0)
+        pool.check()
+    told = KvFeed("w", "f", PAGE, "h")
+    told.change(pool.changes())
+    assert (told.held(Tier.GPU), told.held(Tier.DRAM)) == ({5}, {3, 4})
