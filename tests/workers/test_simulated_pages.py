@@ -197,4 +197,4 @@ def test_a_full_tier_forgets_what_was_evicted_first() -> None:
         pool.check()
     told = KvFeed("w", "f", PAGE, "h")
     told.change(pool.changes())
-    assert (told.held(Tier.GPU), told.held(Tier.DRAM)) == ({5}, {3, 4})
+    assert [set(told.held(tier)) for tier in (Tier.GPU, Tier.DRAM)] == [{5}, {3, 4}]
