@@ -4,6 +4,8 @@
 # make soak   128 streams on simulated engines for a minute: no error, no growth in memory
 # make bench-kv  what the tiers below the engines' memory save and cost; writes build/bench/kv.json
 # make bench  measure the whole path beside vLLM's own server; writes build/bench/path.json
+# make bench-transfer  pages between two processes, by every engine; writes build/bench/transfer.json
+# make bench-handoff  a handoff beside vLLM's own connector, on a GPU; writes build/bench/handoff.json
 # make bench-gateway  what the gateway costs a token and a request; writes build/bench/gateway.json
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p) 2>/dev/null)))
@@ -15,7 +17,7 @@ MANIFEST ?= manifests/local.yaml
 # cpu or cuda; found by looking for an NVIDIA driver.
 EXTRA ?= $(if $(wildcard /dev/nvidiactl),cuda,cpu)
 
-.PHONY: up test check soak bench bench-gateway bench-kv install clean
+.PHONY: up test check soak bench bench-gateway bench-kv bench-transfer bench-handoff install clean
 .DELETE_ON_ERROR:
 
 up: $(VENV)/.installed
@@ -34,6 +36,12 @@ soak: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.bench.path
+
+bench-transfer: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.bench.transfer $(if $(filter cuda,$(EXTRA)),--gpu)
+
+bench-handoff: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.bench.handoff
 
 bench-gateway: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.bench.gateway

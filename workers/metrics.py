@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from llmserve.bus.messages import Accepted, Refused, Role
@@ -11,6 +13,8 @@ from llmserve.workers.state import WorkerState
 
 _STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.3, 2.6, 5.0)
 _TRANSFER_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_TRANSFER_BYTES_S = tuple(part * 10.0**power for power in range(7, 12) for part in (1, 2.5, 5))
+_RATED_BYTES = 1 << 20
 _LABELS = ("worker", "role")
 _TIER_COUNTS = {
     "loads": "Pages read from a storage class",
@@ -39,6 +43,19 @@ class WorkerMetrics:
         )
         self.transfer_seconds = Histogram(
             "llmserve_transfer_seconds", "Time of one KV transfer", transfer, buckets=_TRANSFER_S, registry=registry
+        )
+        self.transfer_rate = Histogram(
+            "llmserve_transfer_bytes_per_second",
+            "Speed of one KV transfer, of 1 MiB and more",
+            transfer,
+            buckets=_TRANSFER_BYTES_S,
+            registry=registry,
+        )
+        self.tenant_bytes = Counter(
+            "llmserve_transfer_tenant_bytes",
+            "KV bytes moved for a tenant's requests",
+            (*_LABELS, "tenant"),
+            registry=registry,
         )
         self.transfer_failures = Counter(
             "llmserve_transfer_failures", "KV transfers that failed", (*transfer, "kind"), registry=registry
@@ -102,8 +119,8 @@ class OneWorker:
         self._counts_reuse = role is not Role.DECODE
         self._restarts = families.restarts.labels(*self._labels)
 
-    def stepped(self, step: Step, seconds: float | None) -> None:
-        """``seconds`` since the last output, None if the engine was idle."""
+    def stepped(self, step: Step, seconds: float | None, tenant_of: Callable[[str], str] = lambda _: "") -> None:
+        """``seconds`` since the last output, None if the engine was idle; ``tenant_of`` names a work id's tenant."""
         if seconds is not None:
             self._step_seconds.observe(seconds)
         if step.prefill_tokens:
@@ -115,7 +132,7 @@ class OneWorker:
                 if output.cached_tokens:
                     self._reused(output.cached_tokens, output.loaded_tokens)
         for transfer in step.transfers:
-            self._transferred(transfer)
+            self._transferred(transfer, tenant_of(transfer.work_id))
         for tier, counts in step.tiers.items():
             for what, value in counts.items():
                 if what in self._families.tier_counts:
@@ -127,13 +144,17 @@ class OneWorker:
             if tokens > 0:
                 self._families.cached_tokens.labels(*self._labels, source).inc(tokens)
 
-    def _transferred(self, transfer: Transfer) -> None:
+    def _transferred(self, transfer: Transfer, tenant: str) -> None:
         labels = (*self._labels, transfer.engine, transfer.direction)
         self._families.transfer_bytes.labels(*labels).inc(transfer.bytes_moved)
         if transfer.failure:
             self._families.transfer_failures.labels(*labels, transfer.failure).inc()
         else:
             self._families.transfer_seconds.labels(*labels).observe(transfer.seconds)
+            self._families.tenant_bytes.labels(*self._labels, tenant).inc(transfer.bytes_moved)
+            if transfer.bytes_moved >= _RATED_BYTES:
+                rate = transfer.bytes_moved / max(transfer.seconds, 1e-9)
+                self._families.transfer_rate.labels(*labels).observe(rate)
 
     def resynced(self) -> None:
         self._families.kv_resyncs.labels(*self._labels).inc()

@@ -63,6 +63,11 @@ class WorkerState:
         """Whether no more grants are taken."""
         return self._grants.draining
 
+    def tenant_of(self, work_id: str) -> str:
+        """Whose work it is; empty if it is not here any more."""
+        task = self._by_work.get(work_id)
+        return task.tenant if task is not None else ""
+
     def count(self, status: Status) -> int:
         return self._tasks.count(status)
 

@@ -223,7 +223,7 @@ class Worker:
                 self._note_pages(step.kv)
                 if step == Step(kv=step.kv):
                     continue
-            self._metrics.stepped(step, now_s - last_s if busy else None)
+            self._metrics.stepped(step, now_s - last_s if busy else None, self.state.tenant_of)
             if busy and step.prefill_tokens:
                 self._prefill_rate.add(step.prefill_tokens, now_s - last_s)
             last_s = now_s

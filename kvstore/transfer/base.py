@@ -96,8 +96,8 @@ class TransferEngine(ABC):
     name: str
     """As in the manifest's ``transfer.engine_order``, and ``same_host`` or ``gloo``."""
     fingerprint: str = ""
-    watched_while_idle: bool = False
-    """``notifications`` has to be called now and then although nothing is under way, for peers to make progress."""
+    watch_s: float | None = None
+    """How often ``notifications`` has to be called while nothing is under way; None: ``wake_fds`` tell."""
 
     @abstractmethod
     def register(self, regions: Sequence[Region]) -> None:

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from llmserve.kvstore.transfer.runs import split
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -19,7 +21,7 @@ _WIDE = 8
 _ALIGNED = 16
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["units"])  # type: ignore[untyped-decorator]
 def _copy_kernel(table, units, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     unit = tl.program_id(0)
     source = tl.load(table + unit)
@@ -49,36 +51,18 @@ class Launched:
     """Kept until the kernel has read it."""
 
 
-def launch(
-    source: NDArray[numpy.uint64],
-    target: NDArray[numpy.uint64],
-    sizes: NDArray[numpy.uint64],
-    stream: torch.cuda.Stream,
-) -> Launched:
-    """Copy piece by piece, on ``stream``, whose device is the current one. Sizes in bytes."""
-    if len(sizes) and int(sizes.max()) > UNIT_BYTES:
-        source, target, sizes = _cut(source, target, sizes)
-    units = len(sizes)
-    table = torch.empty((3, units), dtype=torch.int64, pin_memory=True)
-    rows = table.numpy()
-    rows[0], rows[1], rows[2] = source, target, sizes
+def launch(table: NDArray[numpy.int64], stream: torch.cuda.Stream) -> Launched:
+    """Copy piece by piece on ``stream``, whose device is the current one; rows are source, target, size in bytes."""
+    parts = split(table, UNIT_BYTES)
+    units = len(parts)
+    pinned = torch.empty((3, units), dtype=torch.int64, pin_memory=True)
+    rows = pinned.numpy()
+    rows[:] = parts.T
     wide = not int(numpy.bitwise_or.reduce(rows, axis=None)) % _ALIGNED
     with torch.cuda.stream(stream):
-        there = table.to("cuda", non_blocking=True)
+        there = pinned.to("cuda", non_blocking=True)
         if units:
             _copy_kernel[(units,)](there, units, WIDE=wide, BLOCK=2048, num_warps=8)
         event = torch.cuda.Event()
         event.record(stream)
     return Launched(event, there)
-
-
-def _cut(
-    source: NDArray[numpy.uint64], target: NDArray[numpy.uint64], sizes: NDArray[numpy.uint64]
-) -> tuple[NDArray[numpy.uint64], NDArray[numpy.uint64], NDArray[numpy.uint64]]:
-    signed = sizes.astype(numpy.int64)
-    counts = -(-signed // UNIT_BYTES)
-    first = numpy.repeat(numpy.cumsum(counts) - counts, counts)
-    offsets = (numpy.arange(int(counts.sum())) - first) * UNIT_BYTES
-    parts = numpy.minimum(numpy.repeat(signed, counts) - offsets, UNIT_BYTES)
-    shift = offsets.astype(numpy.uint64)
-    return numpy.repeat(source, counts) + shift, numpy.repeat(target, counts) + shift, parts.astype(numpy.uint64)

@@ -128,9 +128,8 @@ class CudaCopier:
 
         memory = torch.zeros(64, dtype=torch.uint8, device=f"cuda:{self._gpu}")
         for shift in (0, 1):
-            here = numpy.array([memory.data_ptr()], dtype=numpy.uint64)
-            size = numpy.array([16 - shift], dtype=numpy.uint64)
-            self._copy.launch(here, here + numpy.uint64(32), size, self._stream)
+            address = memory.data_ptr()
+            self._copy.launch(numpy.array([[address, address + 32, 16 - shift]]), self._stream)
         self._stream.synchronize()
 
     def register(self, regions: Sequence[Region]) -> None:
@@ -193,7 +192,8 @@ class CudaCopier:
             raise TransferError("pages lie in GPU memory that is not mapped")
         mine = here[:, 0]
         source, target = (mine, mapped) if write else (mapped, mine)
-        return CudaCopy(self._copy.launch(source, target, here[:, 1], self._stream))
+        table = numpy.stack([source, target, here[:, 1]], axis=1).astype(numpy.int64)
+        return CudaCopy(self._copy.launch(table, self._stream))
 
     def poll(self, copy: CudaCopy) -> Progress:
         return Progress.DONE if copy.launched.event.query() else Progress.RUNNING
@@ -248,5 +248,5 @@ class GpuStaging(Staging):
         sizes = pieces[:, 1]
         staged = numpy.uint64(slot.address) + numpy.cumsum(sizes) - sizes
         source, target = (pieces[:, 0], staged) if out else (staged, pieces[:, 0])
-        self._copy.launch(source, target, sizes, self._stream)
+        self._copy.launch(numpy.stack([source, target, sizes], axis=1).astype(numpy.int64), self._stream)
         self._stream.synchronize()

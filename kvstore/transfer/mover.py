@@ -19,7 +19,7 @@ import uuid
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -36,12 +36,15 @@ from llmserve.kvstore.transfer.base import (
 )
 from llmserve.kvstore.transfer.ladder import Ladder, Rung, rungs
 from llmserve.kvstore.transfer.pacing import TokenBucket
+from llmserve.kvstore.transfer.runs import RunTable, size_of
+
+if TYPE_CHECKING:
+    from llmserve.kvstore.transfer.express import Express
 
 logger = logging.getLogger(__name__)
 
 _HOST = Place()
 _IDLE_S = 1.0
-_WATCH_S = 0.025
 _WATCH_ACTIVE_S = 0.002
 _ACTIVE_FOR_S = 2.0
 _POLL_S = 0.0002
@@ -70,8 +73,8 @@ class _Ask(msgspec.Struct, frozen=True, tag="ask", array_like=True):
     id: int
     ends: Ends
     engine: str
-    runs: list[tuple[int, int, int]]
-    """Yours, mine, size."""
+    runs: bytes
+    """int64 of shape (runs, 3): your address, mine, size."""
     mine: int | None
     """GPU of my memory."""
     yours: int | None
@@ -188,8 +191,12 @@ class Mover:
         *,
         probe: Region | None = None,
         owner: object = None,
+        express: TransferEngine | None = None,
     ) -> None:
-        """``probe``: memory for probes, registered already, kept alive by ``owner``; without it none are made."""
+        """``probe``: memory for probes, registered already, kept alive by ``owner``; without it none are made.
+
+        ``express``: an engine for the owner's thread, see ``Express``.
+        """
         self._engines = {engine.name: engine for engine in engines}
         self._bucket = bucket
         self._probe, self._owner = probe, owner
@@ -213,6 +220,11 @@ class Mover:
         self._active_s = -math.inf
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
         self._closing = False
+        self._express: Express | None = None
+        if express is not None:
+            from llmserve.kvstore.transfer.express import Express
+
+            self._express = Express(express, self._order, lambda size: bucket.take(size, time.monotonic()))
         self._thread = threading.Thread(target=self._run, name="page-mover", daemon=True)
         self._thread.start()
 
@@ -221,7 +233,8 @@ class Mover:
     def fetch(self, fetch: Fetch) -> None:
         """Order pages; the end of it comes from ``take_ended``."""
         self._under_way += 1
-        self._order(fetch)
+        if self._express is None or not self._express.fetch(fetch):
+            self._order(fetch)
 
     def notify(self, ends: Ends, message: bytes) -> None:
         """Send a message by any engine; it may be lost with the peer."""
@@ -233,6 +246,8 @@ class Mover:
 
     def take_ended(self) -> list[Fetched]:
         ended = _drain(self._ended)
+        if self._express is not None:
+            ended += self._express.take_ended()
         self._under_way -= len(ended)
         return ended
 
@@ -257,6 +272,8 @@ class Mover:
         self._closing = True
         os.eventfd_write(self._wake_fd, 1)
         self._thread.join()
+        if self._express is not None:
+            self._express.close()
         for engine in self._engines.values():
             engine.close()
         os.close(self._wake_fd)
@@ -309,16 +326,15 @@ class Mover:
             self._active_s = now_s
             return _POLL_S
         if self._waiting:
-            return max(_POLL_S, min(self._bucket.wait_s(now_s), _WATCH_S))
-        if any(engine.watched_while_idle for engine in self._engines.values()):
-            return _WATCH_ACTIVE_S if now_s - self._active_s < _ACTIVE_FOR_S else _WATCH_S
-        return _IDLE_S
+            return max(_POLL_S, min(self._bucket.wait_s(now_s), _WATCH_ACTIVE_S))
+        watch_s = min((engine.watch_s for engine in self._engines.values() if engine.watch_s), default=_IDLE_S)
+        return min(watch_s, _WATCH_ACTIVE_S) if now_s - self._active_s < _ACTIVE_FOR_S else watch_s
 
     def _take_orders(self, now_s: float) -> None:
         for order in _drain(self._orders):
             self._active_s = now_s
             if isinstance(order, Fetch):
-                size_bytes = sum(run.size_bytes for run in order.runs)
+                size_bytes = size_of(order.runs)
                 peer = self._peer(order.ends)
                 peer.wanted = True
                 self._waiting.append(_Job(order, peer, size_bytes, now_s))
@@ -370,18 +386,21 @@ class Mover:
                 self._failed(job, "peer", f"{error}")
 
     def _submit(self, job: _Job, rung: Rung) -> None:
+        import numpy
+
         engine, fetch = self._engines[rung.engine], job.fetch
-        name = self._connected(job.peer, rung.engine)
         if rung.direction == "pull":
+            name = self._connected(job.peer, rung.engine)
             engine.order_after(fetch.after)
             job.handle = engine.pull(name, fetch.runs, fetch.local, fetch.remote)
             return
         self._push_ids += 1
         job.push_id, job.handle = self._push_ids, None
         engine.settle(fetch.after)
-        runs = [(run.remote, run.local, run.size_bytes) for run in fetch.runs]
+        runs = numpy.array([(r.remote, r.local, r.size_bytes) for r in fetch.runs], dtype=numpy.int64).tobytes()
         ask = _Ask(job.push_id, self.ends, rung.engine, runs, fetch.local.gpu, fetch.remote.gpu)
-        engine.notify(name, msgspec.msgpack.encode(ask))
+        if not self._say(job.peer, ask):
+            raise PeerGone("the peer cannot be asked")
 
     def _connected(self, peer: _Peer, engine: str) -> str:
         """The engine's name for the peer. Raises ``TransferError``."""
@@ -469,17 +488,12 @@ class Mover:
             return engine.release(job.handle)
         if job.at_fence or job.stopping == "peer" or self._pushed.pop(job.push_id, None) is not None:
             return True
-        try:
-            if not job.stop_told:
-                engine.notify(
-                    job.peer.names[job.rung.engine], msgspec.msgpack.encode(_Stop(self.ends.mover, job.push_id))
-                )
-                job.stop_told = True
-            return not engine.reachable(job.peer.names[job.rung.engine])
-        except PeerGone:
-            return True
-        except (TransferError, KeyError):
-            return False
+        if not job.stop_told:
+            job.stop_told = True
+            if not self._say(job.peer, _Stop(self.ends.mover, job.push_id)):
+                return True
+        names = job.peer.names
+        return not any(self._engines[name].reachable(known) for name, known in names.items())
 
     def _succeed(self, job: _Job, now_s: float) -> bool:
         assert job.rung is not None
@@ -539,19 +553,20 @@ class Mover:
 
     # -- peers --------------------------------------------------------------------------------------------------
 
-    def _say(self, peer: _Peer, message: _Message) -> None:
-        """By the first engine that reaches the peer."""
+    def _say(self, peer: _Peer, message: _Message) -> bool:
+        """By the first engine that reaches the peer; False: none does."""
         for name in self._engines:
             if name not in peer.ends.engines:
                 continue
             try:
                 self._engines[name].notify(self._connected(peer, name), msgspec.msgpack.encode(message))
-                return
+                return True
             except TransferError as error:
                 logger.info("%s cannot notify %s: %s", name, peer.ends.mover[:8], error)
                 if gone := peer.names.pop(name, None):
                     self._engines[name].forget(gone)
         logger.warning("mover %s hears nothing from this one any more", peer.ends.mover[:8])
+        return False
 
     def _hear(self, engine: str, data: bytes) -> None:
         try:
@@ -573,12 +588,14 @@ class Mover:
                 self._serve(message)
 
     def _serve(self, ask: _Ask) -> None:
+        import numpy
+
         peer = self._peer(ask.ends)
         engine = self._engines.get(ask.engine)
         try:
             if engine is None:
                 raise TransferError(f"{ask.engine} is not open here")
-            runs = [Run(mine, theirs, size) for mine, theirs, size in ask.runs]
+            runs = RunTable(numpy.frombuffer(ask.runs, dtype=numpy.int64).reshape(-1, 3))
             handle = engine.push(self._connected(peer, ask.engine), runs, Place(ask.yours), Place(ask.mine))
         except TransferError as error:
             self._say(peer, _Pushed(ask.ends.mover, ask.id, False, str(error)))

@@ -2,7 +2,7 @@
 
 UCX needs both ends driven: a read of an owner's memory does not end while the owner computes or idles. NIXL's own
 progress thread does that by busy-polling, half a core each, which only a machine with a GPU has to spare. Elsewhere
-whoever owns the engine calls ``notifications`` at intervals, see ``watched_while_idle``.
+whoever owns the engine calls ``notifications`` at intervals, see ``watch_s``.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 _BACKENDS = {"ucx": ("UCX",), "auto": ("UCX", "LIBFABRIC", "Mooncake")}
 """By ``transfer.nixl.backend_policy``: the first that starts is used. All of them move memory between processes."""
 
+_WATCH_S, _WATCH_GPU_S = 0.025, 0.002
+"""A machine with GPUs has cores to spare."""
 _PATIENCE_S = 1.0
 """For a transfer that is given up."""
 
@@ -69,7 +71,7 @@ class NixlEngine(TransferEngine):
         from nixl._api import nixl_agent, nixl_agent_config, nixl_thread_sync_t
 
         self.fingerprint = options.fingerprint
-        self.watched_while_idle = options.gpu is None
+        self.watch_s = _WATCH_S if options.gpu is None else _WATCH_GPU_S
         refusals: list[str] = []
         for backend in _BACKENDS[options.nixl_backend_policy]:
             config = nixl_agent_config(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 
 
 class TokenBucket:
-    """Grants bytes at ``rate_bytes_s``, with bursts of at most ``burst_bytes``.
+    """Grants bytes at ``rate_bytes_s``, with bursts of at most ``burst_bytes``; for several threads.
 
     What is taken may overdraw the bucket, so that a transfer larger than the burst passes as well; the next one
     waits until the debt is paid. Over any interval of t seconds at most ``rate * t + burst`` and one transfer are
@@ -20,16 +21,18 @@ class TokenBucket:
         self._burst = burst_bytes
         self._level = burst_bytes
         self._at_s = now_s
+        self._lock = threading.Lock()
 
     def take(self, size_bytes: int, now_s: float) -> bool:
         """Whether a transfer of ``size_bytes`` may start now; if so it is charged."""
         if math.isinf(self._rate):
             return True
-        self._level = min(self._burst, self._level + (now_s - self._at_s) * self._rate)
-        self._at_s = now_s
-        if self._level <= 0:
-            return False
-        self._level -= size_bytes
+        with self._lock:
+            self._level = min(self._burst, self._level + (now_s - self._at_s) * self._rate)
+            self._at_s = now_s
+            if self._level <= 0:
+                return False
+            self._level -= size_bytes
         return True
 
     def wait_s(self, now_s: float) -> float:

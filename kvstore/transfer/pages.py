@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from llmserve.kvstore.transfer.base import Run
+from llmserve.kvstore.transfer.runs import RunTable
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +50,34 @@ def page_runs(local: Sequence[int], remote: Sequence[int]) -> list[PageRun]:
     return runs
 
 
-def byte_runs(runs: Sequence[PageRun], local: Sequence[Strip], remote: Sequence[Strip]) -> Iterator[Run]:
+def byte_runs(runs: Sequence[PageRun], local: Sequence[Strip], remote: Sequence[Strip]) -> RunTable:
     """The runs' bytes, strip by strip; pages that do not touch on both sides go one by one.
 
     Raises ``ValueError`` if the strips do not match.
     """
+    import numpy
+
     if len(local) != len(remote):
         raise ValueError(f"{len(local)} local layers for {len(remote)} remote ones")
+    whole = numpy.array([(run.local, run.remote, run.count) for run in runs], dtype=numpy.int64).reshape(-1, 3)
+    tables: list[NDArray[numpy.int64]] = [numpy.empty((0, 3), dtype=numpy.int64)]
     for here, there in zip(local, remote, strict=True):
         if here.page_bytes != there.page_bytes:
             raise ValueError(f"a page of a layer is {here.page_bytes} bytes here and {there.page_bytes} there")
-        merge = here.dense and there.dense
-        for run in runs:
-            for first, count in [(0, run.count)] if merge else [(i, 1) for i in range(run.count)]:
-                yield Run(
-                    here.base + (run.local + first) * here.stride_bytes,
-                    there.base + (run.remote + first) * there.stride_bytes,
-                    count * here.page_bytes,
-                )
+        pages = whole if here.dense and there.dense else _singly(whole)
+        scale = numpy.array([here.stride_bytes, there.stride_bytes, here.page_bytes], dtype=numpy.int64)
+        tables.append(pages * scale + numpy.array([here.base, there.base, 0], dtype=numpy.int64))
+    return RunTable(numpy.concatenate(tables))
+
+
+def _singly(runs: NDArray[numpy.int64]) -> NDArray[numpy.int64]:
+    """Page by page."""
+    import numpy
+
+    counts = runs[:, 2]
+    first = numpy.repeat(numpy.cumsum(counts) - counts, counts)
+    offsets = numpy.arange(int(counts.sum())) - first
+    single = numpy.repeat(runs, counts, axis=0)
+    single[:, :2] += offsets[:, None]
+    single[:, 2] = 1
+    return single

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 from llmserve.kvstore.transfer.base import Region, Run, TransferError
 
@@ -16,15 +16,61 @@ Spans = Sequence[tuple[int, int]]
 """Address and size in bytes of each piece, in order."""
 
 
+class RunTable(Sequence[Run]):
+    """Many runs as one array of shape (runs, 3): local address, remote address, size in bytes."""
+
+    def __init__(self, array: NDArray[numpy.int64]) -> None:
+        self.array = array
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @overload
+    def __getitem__(self, at: int) -> Run: ...
+    @overload
+    def __getitem__(self, at: slice) -> RunTable: ...
+    def __getitem__(self, at: int | slice) -> Run | RunTable:
+        if isinstance(at, slice):
+            return RunTable(self.array[at])
+        return Run(*self.array[at].tolist())
+
+    @property
+    def size_bytes(self) -> int:
+        return int(self.array[:, 2].sum())
+
+
+def size_of(runs: Sequence[Run]) -> int:
+    """Bytes of all runs."""
+    return runs.size_bytes if isinstance(runs, RunTable) else sum(run.size_bytes for run in runs)
+
+
+def local_pieces(table: NDArray[numpy.int64]) -> NDArray[numpy.uint64]:
+    """Shape (runs, 2): address and size, as ``struct iovec``."""
+    import numpy
+
+    return numpy.ascontiguousarray(table[:, [0, 2]], dtype=numpy.uint64)
+
+
+def remote_pieces(table: NDArray[numpy.int64]) -> NDArray[numpy.uint64]:
+    """Shape (runs, 2): address and size, as ``struct iovec``."""
+    import numpy
+
+    return numpy.ascontiguousarray(table[:, [1, 2]], dtype=numpy.uint64)
+
+
 def total_bytes(spans: Spans) -> int:
     return sum(size for _, size in spans)
 
 
 def local_spans(runs: Sequence[Run]) -> list[tuple[int, int]]:
+    if isinstance(runs, RunTable):
+        return list(zip(runs.array[:, 0].tolist(), runs.array[:, 2].tolist(), strict=True))
     return [(run.local, run.size_bytes) for run in runs]
 
 
 def remote_spans(runs: Sequence[Run]) -> list[tuple[int, int]]:
+    if isinstance(runs, RunTable):
+        return list(zip(runs.array[:, 1].tolist(), runs.array[:, 2].tolist(), strict=True))
     return [(run.remote, run.size_bytes) for run in runs]
 
 
@@ -52,6 +98,40 @@ def cut(spans: Spans, chunk_bytes: int) -> Iterator[list[tuple[int, int]]]:
                 chunk, room = [], chunk_bytes
     if chunk:
         yield chunk
+
+
+def split(table: NDArray[numpy.int64], limit_bytes: int) -> NDArray[numpy.int64]:
+    """A ``RunTable.array`` whose runs are cut to at most ``limit_bytes``."""
+    import numpy
+
+    counts = -(-table[:, 2] // limit_bytes)
+    if not len(table) or int(counts.max()) <= 1:
+        return table
+    parts = numpy.repeat(table, counts, axis=0)
+    first = numpy.repeat(numpy.cumsum(counts) - counts, counts)
+    offsets = (numpy.arange(len(parts)) - first) * limit_bytes
+    parts[:, 2] = numpy.minimum(parts[:, 2] - offsets, limit_bytes)
+    parts[:, :2] += offsets[:, None]
+    return parts
+
+
+def chunks(table: NDArray[numpy.int64], chunk_bytes: int) -> list[NDArray[numpy.int64]]:
+    """The runs, in order, in groups of about ``chunk_bytes``."""
+    import numpy
+
+    parts = split(table, chunk_bytes)
+    group = (numpy.cumsum(parts[:, 2]) - 1) // chunk_bytes
+    return numpy.split(parts, numpy.flatnonzero(numpy.diff(group)) + 1)
+
+
+def table_of(runs: Sequence[Run]) -> NDArray[numpy.int64]:
+    """Shape (runs, 3), see ``RunTable``."""
+    import numpy
+
+    if isinstance(runs, RunTable):
+        return runs.array
+    rows = [(run.local, run.remote, run.size_bytes) for run in runs]
+    return numpy.array(rows, dtype=numpy.int64).reshape(-1, 3)
 
 
 def check_inside(pieces: NDArray[numpy.uint64], regions: Sequence[Region]) -> None:

@@ -33,7 +33,14 @@ from llmserve.kvstore.transfer.base import (
     TransferError,
 )
 from llmserve.kvstore.transfer.cma import IOVECS, CrossMemory
-from llmserve.kvstore.transfer.runs import as_array, check_inside, cut, local_spans, remote_spans
+from llmserve.kvstore.transfer.runs import (
+    as_array,
+    check_inside,
+    chunks,
+    local_pieces,
+    remote_pieces,
+    table_of,
+)
 
 if TYPE_CHECKING:
     import numpy
@@ -290,20 +297,16 @@ class SameHostEngine(TransferEngine):
         known = self._known(peer)
         if (local.gpu is None) != (remote.gpu is None):
             raise TransferError("host memory on one side and GPU memory on the other")
-        here, there = as_array(local_spans(runs)), as_array(remote_spans(runs))
+        table = table_of(runs)
+        here, there = local_pieces(table), remote_pieces(table)
         check_inside(here, [r for r in self._regions if (r.place.gpu is None) == (local.gpu is None)])
         check_inside(there, [r for r in known.regions if (r.place.gpu is None) == (remote.gpu is None)])
         size_bytes = int(here[:, 1].sum())
         if local.gpu is not None:
             assert self._gpu is not None
             return _GpuCopy(known, self._gpu.start(known.ipc, here, there, write=write), size_bytes)
-        chunks = deque(
-            (as_array(mine), as_array(theirs))
-            for mine, theirs in zip(
-                cut(local_spans(runs), _CHUNK_BYTES), cut(remote_spans(runs), _CHUNK_BYTES), strict=True
-            )
-        )
-        copy = _Copy(known, chunks, write, size_bytes)
+        parts = deque((local_pieces(part), remote_pieces(part)) for part in chunks(table, _CHUNK_BYTES))
+        copy = _Copy(known, parts, write, size_bytes)
         if size_bytes <= _INLINE_BYTES:
             self._worker.run(copy)
         else:

@@ -40,6 +40,7 @@ from llmserve.kvstore.transfer.runs import (
     local_spans,
     remote_spans,
     scatter_bytes,
+    size_of,
     total_bytes,
 )
 from llmserve.kvstore.transfer.staging import SLOT_BYTES, HostStaging, Slot, Staging
@@ -194,7 +195,7 @@ class StagedEngine(TransferEngine):
 
     def pull(self, peer: str, runs: Sequence[Run], local: Place, remote: Place) -> Handle:
         link, gpu = self._start(peer, runs, local, remote)
-        spans, size_bytes = local_spans(runs), sum(run.size_bytes for run in runs)
+        spans, size_bytes = local_spans(runs), size_of(runs)
         handle = _Staged(link, link.new_id(), size_bytes)
         inline = size_bytes <= _INLINE_BYTES and not gpu
         chunks = [spans] if inline else list(cut(spans, SLOT_BYTES))
@@ -205,7 +206,7 @@ class StagedEngine(TransferEngine):
 
     def push(self, peer: str, runs: Sequence[Run], local: Place, remote: Place) -> Handle:
         link, gpu = self._start(peer, runs, local, remote)
-        handle = _Staged(link, link.new_id(), sum(run.size_bytes for run in runs))
+        handle = _Staged(link, link.new_id(), size_of(runs))
         link.say(wire.Offer(handle.id, remote_spans(runs), gpu))
         link.outgoing[handle.id] = _Outgoing(deque(cut(local_spans(runs), SLOT_BYTES)), gpu, handle)
         return handle

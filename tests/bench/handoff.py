@@ -39,7 +39,7 @@ LLAMA: dict[str, Any] = {
     "eos_token_id": 1,
     "tie_word_embeddings": False,
 }
-TINY = LLAMA | {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 4}
+TINY = LLAMA | {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
 
 
 def transfer_config(kind: str, *, producer: bool) -> dict[str, Any]:
@@ -113,15 +113,20 @@ class Engine:
         begun_s = time.monotonic()
         self.engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
         times: list[float] = []
+        marks = [time.monotonic() - begun_s]
         seen = 0
         while True:
-            for output in self.engine.step():
+            outputs = self.engine.step()
+            if not times:
+                marks.append(time.monotonic() - begun_s)
+            for output in outputs:
                 if output.request_id.startswith(name) and len(output.outputs[0].token_ids) > seen:
                     seen = len(output.outputs[0].token_ids)
                     times.append(time.monotonic())
                 if output.finished:
                     ids = list(output.outputs[0].token_ids)
-                    return {"begun": begun_s, "times": times, "tokens": ids, "params": output.kv_transfer_params}
+                    params = output.kv_transfer_params
+                    return {"begun": begun_s, "times": times, "tokens": ids, "params": params, "marks": marks}
 
     def serve(self, pipe: Connection) -> None:
         pipe.send("ready")
@@ -167,9 +172,9 @@ def handoffs(kind: str, model: str, config: dict[str, Any], lengths: list[int]) 
         for producer, (_, theirs) in zip((True, False), ends, strict=True)
     ]
     prefill, decode = (mine for mine, _ in ends)
-    for process, pipe in zip(children, (prefill, decode), strict=True):
+    for process in children:
         process.start()
-        # One after the other: vLLM measures what memory is free.
+    for pipe in (prefill, decode):
         assert (said := pipe.recv()) == "ready", said
     try:
         for tokens in lengths:
@@ -180,12 +185,18 @@ def handoffs(kind: str, model: str, config: dict[str, Any], lengths: list[int]) 
             for repeat in range(REPEATS):
                 first = ask(prefill, f"p{tokens}-{repeat}", prompt, 1, params_of(kind))
                 assert first["params"], "the prefill engine hands nothing over"
-                rest = ask(
-                    decode, f"d{tokens}-{repeat}", prompt + first["tokens"], NEW_TOKENS - 1, dict(first["params"])
-                )
+                # vLLM's own computes the last token of the prompt again and samples the first one anew.
+                known = [] if kind == "nixl_connector" else first["tokens"]
+                name, params = f"d{tokens}-{repeat}", dict(first["params"])
+                rest = ask(decode, name, prompt + known, NEW_TOKENS - len(known), params)
                 gap_s = rest["times"][0] - first["times"][0]
                 prefill_s = first["times"][0] - first["begun"]
-                equal = first["tokens"] + rest["tokens"] == whole["tokens"]
+                equal = known + rest["tokens"] == whole["tokens"]
+                marks = [round(mark * 1e3, 2) for mark in rest["marks"]]
+                way_ms = (rest["begun"] - first["times"][0]) * 1e3
+                print(
+                    f"  to the engine {way_ms:.2f} ms; queued, then each step until {marks[:3]} ... {marks[-4:]} ms"
+                )
                 found.append((gap_s, prefill_s, equal))
                 print(f"{kind} {tokens}: {gap_s * 1e3:.2f} ms, step {step_s * 1e3:.2f} ms, equal {equal}", flush=True)
             counted = found[1:]

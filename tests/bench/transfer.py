@@ -135,7 +135,7 @@ def serve(shape: Shape, *, gpu: bool) -> None:
 def finish(engine: TransferEngine, handle: Any) -> bool:
     deadline_s = time.perf_counter() + SECONDS
     while (progress := engine.poll(handle)) is Progress.RUNNING and time.perf_counter() < deadline_s:
-        time.sleep(0)
+        time.sleep(0.00002)
     while not engine.release(handle):
         time.sleep(0.001)
     return progress is Progress.DONE
@@ -187,7 +187,7 @@ def measure(cache: Cache, peer: Hello) -> Iterator[tuple[str, float, str]]:
         for pattern in ("scattered", "neighbours"):
             here, there = page_lists(shape, tokens, pattern)
             pairs = page_runs(here, there)
-            runs = list(byte_runs(pairs, cache.strips(cache.address), cache.strips(peer.address)))
+            runs = byte_runs(pairs, cache.strips(cache.address), cache.strips(peer.address))
             size_bytes = sum(run.size_bytes for run in runs)
             tag = f"{tokens}_{pattern}"
             source = cache.address if spare is None else int(spare.ctypes.data)
@@ -205,7 +205,7 @@ def measure(cache: Cache, peer: Hello) -> Iterator[tuple[str, float, str]]:
 
 
 def timed(
-    cache: Cache, engine: TransferEngine, peer: str, way: str, runs: list[Run], here: list[int], there: list[int]
+    cache: Cache, engine: TransferEngine, peer: str, way: str, runs: Sequence[Run], here: list[int], there: list[int]
 ) -> tuple[float, str]:
     """(GB/s: the median, note)."""
     size_bytes, seconds = sum(run.size_bytes for run in runs), []

@@ -40,7 +40,7 @@ class FaultyEngine(TransferEngine):
         self._inner = inner
         self.name = inner.name
         self.fingerprint = inner.fingerprint
-        self.watched_while_idle = True
+        self.watch_s = 0.002
         self.fault: Fault = ""
         self.times = 10**9
         self.started: Counter[str] = Counter()

@@ -55,7 +55,7 @@ class StepMeta(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untyped
 
 
 class TransferStats(KVConnectorStats):  # type: ignore[misc]  # vLLM is untyped
-    """Finished transfers ``[engine, direction, bytes, seconds, failure]`` and requests whose held pages are free."""
+    """Finished transfers ``[engine, direction, bytes, seconds, failure, request]`` and requests freed."""
 
     def __init__(self, data: dict[str, Any] | None = None) -> None:
         super().__init__(data if data else {})

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from llmserve.kvstore.transfer import open_ladder
+from llmserve.kvstore.transfer import SAME_HOST, open_engine, open_ladder
 from llmserve.kvstore.transfer.base import EngineOptions, Place, Region, TransferEngine, TransferError
 from llmserve.kvstore.transfer.mover import Mover
 from llmserve.kvstore.transfer.pacing import TokenBucket
@@ -44,7 +44,17 @@ def open_mover(ladder: LadderOptions, regions: Sequence[Region], bucket: TokenBu
     names = ", ".join(engine.name for engine in usable)
     reasons = "".join(f"; {name}: {reason}" for name, reason in skipped.items())
     logger.info("pages move by %s%s", names, reasons)
-    return Mover(usable, bucket, probe=probe, owner=owner), names + reasons
+    express = _express(ladder.options, [*regions, probe]) if usable[0].name == SAME_HOST else None
+    return Mover(usable, bucket, probe=probe, owner=owner, express=express), names + reasons
+
+
+def _express(options: EngineOptions, regions: Sequence[Region]) -> TransferEngine | None:
+    """An engine for the engine core's own thread; on CPUs a copy would hold it up."""
+    if options.gpu is None:
+        return None
+    engine = open_engine(SAME_HOST, options)
+    engine.register(regions)
+    return engine
 
 
 def _probe_memory(place: Place) -> tuple[Region, object]:

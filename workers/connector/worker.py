@@ -13,6 +13,7 @@ from llmserve.kvstore.transfer.base import Place, Run
 from llmserve.kvstore.transfer.ladder import Rung
 from llmserve.kvstore.transfer.mover import Attempt, Ends, Fetch, Fetched
 from llmserve.kvstore.transfer.pages import Strip, byte_runs, page_runs
+from llmserve.kvstore.transfer.runs import RunTable
 from llmserve.workers.connector.leases import Leases, LeaseTable
 from llmserve.workers.connector.meta import Pull, StepMeta, TransferStats
 from llmserve.workers.connector.scheduler import lease_ends_s
@@ -117,7 +118,7 @@ class WorkerSide:
         for handoff in meta.dismiss:
             self._dismiss(handoff)
         for kind in meta.failures:
-            self._record(_NO_RUNG, kind)
+            self._record(Attempt(_NO_RUNG, 0, 0.0, kind), "")
         self._waiting.extend(meta.pull.items())
         self._start_reads()
 
@@ -136,7 +137,7 @@ class WorkerSide:
                 self._start(request, pull)
             except (WireError, ValueError) as error:
                 logger.warning("pages of %s cannot be read, it is computed here: %s", request, error)
-                self._record(_NO_RUNG, "other")
+                self._record(Attempt(_NO_RUNG, 0, 0.0, "other"), request)
                 self._report(request, failed=True)
 
     def _start(self, request: str, pull: Pull) -> None:
@@ -162,13 +163,16 @@ class WorkerSide:
             )
         )
 
-    def _runs(self, pull: Pull, pages: RankPages) -> list[Run]:
+    def _runs(self, pull: Pull, pages: RankPages) -> RunTable:
+        import numpy
+
         if len(pages.strips) != len(self._strips):
             raise WireError(f"{len(pages.strips)} groups of pages there, {len(self._strips)} here")
-        runs: list[Run] = []
-        for here, there, mine, theirs in zip(pull.local, pull.remote, self._strips, pages.strips, strict=True):
-            runs.extend(byte_runs(page_runs(here, there), mine, [Strip(*strip) for strip in theirs]))
-        return runs
+        tables = [
+            byte_runs(page_runs(here, there), mine, [Strip(*strip) for strip in theirs]).array
+            for here, there, mine, theirs in zip(pull.local, pull.remote, self._strips, pages.strips, strict=True)
+        ]
+        return RunTable(numpy.concatenate(tables))
 
     def _peer(self, handoff: Handoff) -> RankPages:
         pages = self._peers.get(handoff.engine_id)
@@ -213,7 +217,7 @@ class WorkerSide:
         else:
             self._mover.notify(read.pages.ends, done(handoff.request))
         for attempt in attempts or [Attempt(_NO_RUNG, 0, 0.0, failure)]:
-            self._record(attempt.rung, attempt.failure, attempt.bytes_moved, attempt.seconds)
+            self._record(attempt, fetched.id)
         self._report(fetched.id, failed=bool(failure))
 
     def _report(self, request: str, *, failed: bool) -> None:
@@ -221,8 +225,10 @@ class WorkerSide:
         if failed:
             self._failed.add(request)
 
-    def _record(self, rung: Rung, failure: str, bytes_moved: int = 0, seconds: float = 0.0) -> None:
-        self._stats.data["transfers"].append([rung.engine, rung.direction, bytes_moved, seconds, failure])
+    def _record(self, attempt: Attempt, request: str) -> None:
+        rung = attempt.rung
+        said = [rung.engine, rung.direction, attempt.bytes_moved, attempt.seconds, attempt.failure, request]
+        self._stats.data["transfers"].append(said)
 
     def take_stats(self) -> TransferStats | None:
         """Attempts that ended since the last call."""

@@ -90,13 +90,15 @@ class Transfer:
     """One finished movement of pages, for metrics."""
 
     engine: str
-    """``nixl``, ``ucx``, ..."""
+    """``same_host``, ``nixl``, ``ucx``, ``nccl``, ``gloo``, ``simulated``; ``none`` if no engine was chosen."""
     direction: str
     """``pull`` or ``push``, as this end sees it."""
     bytes_moved: int
     seconds: float
     failure: str = ""
     """Empty on success, else its kind: ``timeout``, ``stale``, ``peer``, ``fingerprint``, ``other``."""
+    work_id: str = ""
+    """For whom."""
 
 
 @dataclass(frozen=True, slots=True)

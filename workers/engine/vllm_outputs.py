@@ -137,7 +137,8 @@ def load_of(stats: SchedulerStats, pages_total: int) -> EngineLoad:
 
 def transfers_of(stats: SchedulerStats) -> list[Transfer]:
     """Transfers of pages that ended in the step."""
-    return [Transfer(*transfer) for transfer in _stats_of(stats, "LLMServeConnector").get("transfers", ())]
+    said = _stats_of(stats, "LLMServeConnector").get("transfers", ())
+    return [Transfer(*fields[:5], fields[5].rpartition(".")[0]) for fields in said]
 
 
 def tiers_of(stats: SchedulerStats) -> dict[str, dict[str, float]]:

@@ -126,7 +126,10 @@ def test_pages_are_read_checked_and_the_producer_is_told(bench: Bench) -> None:
     assert bench.mover.sent == [b"done:their"]
     stats = bench.side.take_stats()
     assert stats is not None
-    assert stats.data["transfers"] == [["memory", "push", 0, 0.1, "peer"], ["memory", "pull", 2 * PAGE, 0.1, ""]]
+    assert stats.data["transfers"] == [
+        ["memory", "push", 0, 0.1, "peer", "mine"],
+        ["memory", "pull", 2 * PAGE, 0.1, "", "mine"],
+    ]
 
 
 @pytest.mark.parametrize("found", [0, 10])
