@@ -65,7 +65,7 @@ class WorkerState:
 
     def tenant_of(self, work_id: str) -> str:
         """Whose work it is; empty if it is not here any more."""
-        task = self._by_work.get(work_id)
+        task = self._tasks.of_work(work_id)
         return task.tenant if task is not None else ""
 
     def count(self, status: Status) -> int:

@@ -182,6 +182,7 @@ def handoffs(kind: str, model: str, config: dict[str, Any], lengths: list[int]) 
             whole = [ask(decode, f"w{tokens}-{i}", prompt, NEW_TOKENS, None) for i in range(2)][-1]
             step_s = statistics.median(b - a for a, b in zip(whole["times"], whole["times"][1:], strict=False))
             found: list[tuple[float, float, bool]] = []
+            started_s: list[float] = []
             for repeat in range(REPEATS):
                 first = ask(prefill, f"p{tokens}-{repeat}", prompt, 1, params_of(kind))
                 assert first["params"], "the prefill engine hands nothing over"
@@ -192,6 +193,8 @@ def handoffs(kind: str, model: str, config: dict[str, Any], lengths: list[int]) 
                 gap_s = rest["times"][0] - first["times"][0]
                 prefill_s = first["times"][0] - first["begun"]
                 equal = known + rest["tokens"] == whole["tokens"]
+                # Scheduling is asynchronous: a step returns the tokens of the one before.
+                started_s.append(rest["begun"] + rest["marks"][-3] - first["times"][0])
                 marks = [round(mark * 1e3, 2) for mark in rest["marks"]]
                 way_ms = (rest["begun"] - first["times"][0]) * 1e3
                 print(
@@ -204,6 +207,7 @@ def handoffs(kind: str, model: str, config: dict[str, Any], lengths: list[int]) 
             figures |= {
                 f"{kind}_{tokens}_second_token_ms": round(gap_s * 1e3, 2),
                 f"{kind}_{tokens}_handoff_ms": round((gap_s - step_s) * 1e3, 2),
+                f"{kind}_{tokens}_decode_started_ms": round(statistics.median(started_s[1:]) * 1e3, 2),
                 f"{kind}_{tokens}_step_ms": round(step_s * 1e3, 2),
                 f"{kind}_{tokens}_second_token_over_step": round(gap_s / step_s, 2),
                 f"{kind}_{tokens}_prefill_ms": round(statistics.median(p for _, p, _ in counted) * 1e3, 2),
