@@ -124,6 +124,10 @@ class TransferEngine(ABC):
             raise FingerprintMismatch(f"the peer holds {said.fingerprint!r}, this end {self.fingerprint!r}")
         return self._connect(said.payload)
 
+    def may_reach(self, description: bytes) -> bool:
+        """False: it is certain without asking that the end that described itself so cannot be connected."""
+        return True
+
     @abstractmethod
     def _describe(self) -> bytes: ...
 

@@ -7,6 +7,7 @@ have to wait for the interpreter, which a busy engine gives up only every few mi
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,10 +57,12 @@ class Express:
     def fetch(self, fetch: Fetch) -> bool:
         """Start the fetch here; False: it is to be done otherwise, and nothing was charged."""
         now_s = time.monotonic()
-        if self._engine.name not in fetch.ends.engines or now_s > fetch.expires_s:
-            return False
-        peer = self._peers.setdefault(fetch.ends.mover, _Peer(""))
-        if now_s < peer.usable_s:
+        peer = self._peers.get(fetch.ends.mover)
+        if peer is None:
+            said = fetch.ends.engines.get(self._engine.name)
+            never = said is None or not self._engine.may_reach(said)
+            peer = self._peers[fetch.ends.mover] = _Peer("", math.inf if never else 0.0)
+        if now_s < peer.usable_s or now_s > fetch.expires_s:
             return False
         size_bytes = size_of(fetch.runs)
         try:

@@ -143,6 +143,8 @@ class Fetched:
 @dataclass(slots=True)
 class _Peer:
     ends: Ends
+    engines: list[str]
+    """Those that both ends have and that may reach it."""
     ladder: Ladder
     names: dict[str, str] = field(default_factory=dict)
     """Engine -> its name for the peer, of those that are connected."""
@@ -314,7 +316,7 @@ class Mover:
                 self._hear(name, message)
         self._serving = [serving for serving in self._serving if not self._served(serving)]
         self._start_waiting(now_s)
-        self._jobs = [job for job in self._jobs if not self._advance(job, time.monotonic())]
+        self._jobs = [job for job in self._jobs if not self._advanced(job)]
         if not (self._jobs or self._waiting or self._serving):
             self._start_probes(now_s)
         return self._pause_s(now_s)
@@ -344,8 +346,9 @@ class Mover:
     def _peer(self, ends: Ends) -> _Peer:
         peer = self._peers.get(ends.mover)
         if peer is None:
-            common = [name for name in self._engines if name in ends.engines]
-            peer = self._peers[ends.mover] = _Peer(ends, Ladder(rungs(common)))
+            said = ends.engines
+            common = [n for n, engine in self._engines.items() if n in said and engine.may_reach(said[n])]
+            peer = self._peers[ends.mover] = _Peer(ends, common, Ladder(rungs(common)))
         return peer
 
     def _start_waiting(self, now_s: float) -> None:
@@ -418,6 +421,18 @@ class Mover:
         log("%s by %s failed (%s): %s; not used for %g s", job.fetch.id, rung, kind, why, wait_s)
         if kind == "peer" and (name := job.peer.names.pop(rung.engine, None)):
             self._engines[rung.engine].forget(name)
+
+    def _advanced(self, job: _Job) -> bool:
+        """Whether the fetch has ended, by an error that nobody expected too."""
+        try:
+            return self._advance(job, time.monotonic())
+        except Exception:
+            logger.exception("fetch %s by %s", job.fetch.id, job.rung)
+            if job.stopping:
+                # Whether its pages may still be written to is not known: it stays.
+                return False
+            job.stopping = "other"
+            return False
 
     def _advance(self, job: _Job, now_s: float) -> bool:
         """Whether the fetch has ended."""
@@ -555,9 +570,7 @@ class Mover:
 
     def _say(self, peer: _Peer, message: _Message) -> bool:
         """By the first engine that reaches the peer; False: none does."""
-        for name in self._engines:
-            if name not in peer.ends.engines:
-                continue
+        for name in peer.engines:
             try:
                 self._engines[name].notify(self._connected(peer, name), msgspec.msgpack.encode(message))
                 return True
@@ -593,7 +606,7 @@ class Mover:
         peer = self._peer(ask.ends)
         engine = self._engines.get(ask.engine)
         try:
-            if engine is None:
+            if engine is None or ask.engine not in peer.engines:
                 raise TransferError(f"{ask.engine} is not open here")
             runs = RunTable(numpy.frombuffer(ask.runs, dtype=numpy.int64).reshape(-1, 3))
             handle = engine.push(self._connected(peer, ask.engine), runs, Place(ask.yours), Place(ask.mine))

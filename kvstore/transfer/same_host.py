@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from llmserve.kvstore.transfer.base import (
+    Description,
     EngineOptions,
     Handle,
     PeerGone,
@@ -240,6 +241,13 @@ class SameHostEngine(TransferEngine):
             ipc=self._gpu.describe() if self._gpu is not None else b"",
         )
         return msgspec.msgpack.encode(said)
+
+    def may_reach(self, description: bytes) -> bool:
+        try:
+            payload = msgspec.msgpack.decode(description, type=Description).payload
+            return msgspec.msgpack.decode(payload, type=_Description).host == host_identity()
+        except msgspec.MsgspecError:
+            return False
 
     def _connect(self, payload: bytes) -> str:
         try:

@@ -68,6 +68,9 @@ class FaultyEngine(TransferEngine):
             raise TransferError("no route, as ordered")
         return self._inner.connect(description)
 
+    def may_reach(self, description: bytes) -> bool:
+        return self._inner.may_reach(description)
+
     def forget(self, peer: str) -> None:
         self._inner.forget(peer)
 

@@ -16,6 +16,7 @@ from llmserve.kvstore.transfer.base import EngineOptions, Place, Region, Run
 from llmserve.kvstore.transfer.ladder import Rung
 from llmserve.kvstore.transfer.mover import Ends, Fetch, Fetched, Mover
 from llmserve.kvstore.transfer.pacing import TokenBucket
+from llmserve.kvstore.transfer.same_host import host_identity
 from tests.kvstore.faulty import Fault, FaultyEngine
 
 pytestmark = pytest.mark.skipif(unavailable("ucx") is not None, reason=f"UCX: {unavailable('ucx')}")
@@ -205,6 +206,15 @@ def test_a_peer_without_a_common_engine_is_a_failure_and_no_crash(ends: tuple[En
     here, there = ends
     here.order(there, [1], ends=Ends("other", {"carrier-pigeon": b"x"}))
     assert here.ended().failure == "peer"
+
+
+def test_the_same_hosts_engine_is_not_even_tried_with_a_peer_on_another_host(ends: tuple[End, End]) -> None:
+    here, there = ends
+    said = there.mover.ends
+    far = said.engines[FIRST].replace(host_identity().encode(), b"x" * len(host_identity()))
+    here.order(there, [1, 2, 5], ends=Ends(said.mover, said.engines | {FIRST: far}))
+    assert tried(here.ended()) == [(B, "")]
+    assert_arrived(here)
 
 
 def test_messages_reach_the_peer_even_if_the_first_engine_does_not(ends: tuple[End, End]) -> None:

@@ -138,7 +138,10 @@ def load_of(stats: SchedulerStats, pages_total: int) -> EngineLoad:
 def transfers_of(stats: SchedulerStats) -> list[Transfer]:
     """Transfers of pages that ended in the step."""
     said = _stats_of(stats, "LLMServeConnector").get("transfers", ())
-    return [Transfer(*fields[:5], fields[5].rpartition(".")[0]) for fields in said]
+    return [
+        Transfer(engine, direction, bytes_moved, seconds, failure, core_id.rpartition(".")[0])
+        for engine, direction, bytes_moved, seconds, failure, core_id in said
+    ]
 
 
 def tiers_of(stats: SchedulerStats) -> dict[str, dict[str, float]]:
