@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 Bytes = npt.NDArray[np.uint8]
 
 GROUPS = (64, 32, 16)
-_PIECE = 32768
-"""Values at once: torch spreads larger operations over its OpenMP threads, which the engine needs."""
+_PIECE = 32768 - 64
+"""Values at once: from 32,768 on torch spreads operations over its OpenMP threads, which the engine needs."""
 _SMALLEST = 2.0**-24
 """Smallest positive fp16, so that no division by zero is."""
 _LARGEST = 65504.0

@@ -59,8 +59,8 @@ def with_classes(*classes: StorageClass, disk: DiskType = "int8") -> Manifest:
     return msgspec.structs.replace(made, spec=spec)
 
 
-async def engine(made: Manifest, threads: int = 2) -> Driver:
-    return await Driver.of(made, Role.BOTH, "process", threads=threads)
+async def engine(made: Manifest, threads: int = 2, role: Role = Role.BOTH) -> Driver:
+    return await Driver.of(made, role, "process", threads=threads)
 
 
 async def first_token_s(driver: Driver, prompt: list[int]) -> tuple[float, int]:
@@ -115,9 +115,10 @@ async def ttft_ratio(storage: StorageClass, name: str) -> dict[str, float]:
 
 
 async def save_cost(folder: Path) -> dict[str, float]:
-    """Decode throughput lost where pages are kept, beside an engine that keeps none; in turns."""
-    saving = await engine(with_classes(StorageClass(name="disk", type="filesystem", path=str(folder))))
-    plain = await engine(with_classes())
+    """Decode throughput lost where pages are kept, beside a decode engine that keeps none; in turns."""
+    disk = StorageClass(name="disk", type="filesystem", path=str(folder))
+    saving = await engine(with_classes(disk), role=Role.DECODE)
+    plain = await engine(with_classes(), role=Role.DECODE)
     prompts = iter(texts(2 * DECODES * (ROUNDS + 1), 200))
 
     async def rate(driver: Driver) -> float:
