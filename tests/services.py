@@ -57,6 +57,8 @@ class Services:
         }
         self.commands = self._commands()
         self.processes: dict[str, Process] = {}
+        self.urls = {"gateway": self.url}
+        """Of the API of each gateway, by name."""
         self._starts = 0
 
     def _commands(self) -> dict[str, str]:
@@ -65,11 +67,16 @@ class Services:
             name: substituted(service["command"], self.variables) for name, service in compose["services"].items()
         }
 
-    def start(self, name: str, service: str | None = None) -> Process:
+    def start(self, name: str, service: str | None = None, *options: str) -> Process:
         """Start a service's own command; ``service`` names another to run under this name, on a free port."""
         command = shlex.split(self.commands[service or name])
-        if service:
+        if service == "gateway":
+            port = free_port()
+            command += ["--port", str(port), "--metrics-port", "0"]
+            self.urls[name] = f"http://127.0.0.1:{port}"
+        elif service:
             command[command.index("--metrics-port") + 1] = "0"
+        command += options
         command[0] = str(BIN / command[0])
         env = {**self.variables, "PATH": f"{BIN}:{os.environ['PATH']}"}
         self._starts += 1

@@ -1,136 +1,87 @@
-"""``kill -9`` of each role under load, on simulated engines in separate processes: nothing hangs or stays held."""
+"""``kill -9`` of workers, a gateway and the nats-server under load: nothing hangs, differs or stays held."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Iterator
 
 import aiohttp
 import pytest
 
 from tests.bench.load import Stream, prompt_bodies, stream
-from tests.processes import metrics, total, wait_for
+from tests.faults.load import asked, prompt, require_exact, require_once
+from tests.faults.observer import Observer
+from tests.processes import wait_for
 from tests.services import Services
+from tests.sim_gateway import SimGateway
 
 pytestmark = pytest.mark.faults
 
-LEASE_S = 5.0
-ROLES = ["gateway", "router", "prefill", "decode"]
 
-
-@pytest.fixture(scope="module")
-def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    changes = {"transfer.lease_s": LEASE_S, "transfer.timeout_s": 2.0}
-    services = Services(tmp_path_factory.mktemp("faults"), "sim.yaml", changes)
-    try:
-        services.start_all(ROLES)
-        services.start("prefill-2", "prefill")
-        services.start("decode-2", "decode")
-        services.ready()
-        yield services
-    finally:
-        services.end()
-
-
-async def under_load(services: Services, victim: str, streams: int = 24, tokens: int = 200) -> list[Stream]:
-    """Streams that start over two seconds, in the middle of which ``victim`` is killed; returns how each ended."""
-    bodies = prompt_bodies(services.model, streams, 300, tokens, seed=hash(victim) % 1000)
+async def answers(services: Services, bodies: list[dict[str, object]], over_s: float = 0.0) -> list[Stream]:
+    """Streams that start evenly within ``over_s``."""
     timeout = aiohttp.ClientTimeout(total=60)
     async with aiohttp.ClientSession(headers=services.headers, timeout=timeout) as session:
 
         async def one(index: int) -> Stream:
-            await asyncio.sleep(2.0 * index / streams)
+            await asyncio.sleep(over_s * index / len(bodies))
             return await stream(session, services.url, bodies[index])
 
-        tasks = [asyncio.create_task(one(index)) for index in range(streams)]
-        await asyncio.sleep(1.0)
-        services.processes[victim].kill()
-        return await asyncio.gather(*tasks)
-
-
-async def settled(services: Services) -> None:
-    """All queues empty and all pages free, at the latest a lease after."""
-    end = time.monotonic() + LEASE_S + 8
-    while True:
-        figures = metrics(services.metrics_url("router"))
-        left = {
-            name: total(figures, name, **labels)
-            for name, labels in (
-                ("llmserve_queue_depth", {}),
-                ("llmserve_tokens_in_flight", {}),
-                ("llmserve_kv_pages", {"state": "used"}),
-            )
-        }
-        if not any(left.values()):
-            return
-        assert time.monotonic() < end, left
-        await asyncio.sleep(0.25)
+        return await asyncio.gather(*(one(index) for index in range(len(bodies))))
 
 
 @pytest.mark.parametrize("victim", ["prefill-2", "decode-2"])
-async def test_every_stream_ends_and_every_page_is_free_again(services: Services, victim: str) -> None:
-    streams = await under_load(services, victim)
-    assert not [s.error for s in streams if s.error]
-    assert {s.chunks > 0 and s.finish_reason for s in streams} == {"length"}
-    # Whoever lost its worker waits for the missing heartbeats, three seconds, and then for its turn.
-    assert max(max(s.ttft_s, s.longest_pause_s) for s in streams) < 10
-    await settled(services)
-    services.start(victim, victim.removesuffix("-2"))
-    services.processes[victim].wait_for_line("ready after", 30)
-
-
-async def test_answers_are_the_same_with_and_without_a_death_in_between(services: Services) -> None:
-    bodies = prompt_bodies(services.model, 8, 300, 200, seed=5)
-
-    async def answers() -> list[str]:
-        async with aiohttp.ClientSession(headers=services.headers) as session:
-            return [s.text for s in await asyncio.gather(*(stream(session, services.url, body) for body in bodies))]
-
-    undisturbed = await answers()
-    running = asyncio.create_task(answers())
+async def test_every_stream_ends_as_if_no_worker_had_died(
+    services: Services, observer: Observer, victim: str
+) -> None:
+    bodies = prompt_bodies(services.model, 24, 300, 200, seed=len(victim))
+    undisturbed = await answers(services, bodies)
+    running = asyncio.create_task(answers(services, bodies, over_s=2.0))
     await asyncio.sleep(1.0)
-    services.processes["decode-2"].kill()
-    assert await running == undisturbed
-    services.start("decode-2", "decode")
-    services.processes["decode-2"].wait_for_line("ready after", 30)
+    services.processes[victim].kill()
+    streams = await running
+    assert not [s.error for s in streams if s.error]
+    assert [s.text for s in streams] == [s.text for s in undisturbed]
+    assert {s.finish_reason for s in streams} == {"length"}
+    # Whoever lost its worker waits a moment, and then for its turn.
+    assert max(max(s.ttft_s, s.longest_pause_s) for s in streams) < 10
+    services.start(victim, victim.removesuffix("-2"))
+    await asyncio.to_thread(services.processes[victim].wait_for_line, "ready after", 30)
+    await observer.settled(13)
 
 
-async def test_a_killed_gateway_leaves_nothing_running(services: Services) -> None:
-    bodies = prompt_bodies(services.model, 8, 100, 1500)
-    async with aiohttp.ClientSession(headers=services.headers) as session:
-        tasks = [asyncio.create_task(stream(session, services.url, body)) for body in bodies]
-        await asyncio.sleep(1.0)
-        services.processes["gateway"].kill()
-        assert all(s.error for s in await asyncio.gather(*tasks))
-    await settled(services)
+async def test_what_a_killed_gateway_left_is_gone_within_two_seconds_and_others_go_on(
+    services: Services, observer: Observer, gateway: SimGateway
+) -> None:
+    member = await observer.member(services.processes["gateway"])
+    dying = asyncio.create_task(answers(services, prompt_bodies(services.model, 60, 100, 1500)))
+    others = asyncio.create_task(asked(gateway, 12, 250))
+    await asyncio.sleep(1.5)
+    assert 0 < observer.left_by(member) < await observer.stored_by(member)  # some run, some are queued
+    services.processes["gateway"].kill()
+    async with asyncio.timeout(4):  # two, on a machine that does nothing else
+        while observer.left_by(member) or await observer.stored_by(member):
+            await asyncio.sleep(0.05)
+    assert all(s.error for s in await dying)
+    require_exact(await others)
+    await observer.settled(10)
     services.start("gateway")
     await asyncio.to_thread(services.ready)
 
 
-async def test_a_killed_router_is_replaced_by_one_that_knows_what_runs(services: Services) -> None:
-    bodies = prompt_bodies(services.model, 16, 100, 400)
-    async with aiohttp.ClientSession(headers=services.headers) as session:
-        tasks = [asyncio.create_task(stream(session, services.url, body)) for body in bodies]
-        await asyncio.sleep(0.7)
-        services.processes["router"].kill()
-        services.start("router")
-        streams = await asyncio.gather(*tasks)
-    assert not [s.error for s in streams if s.error]
-    await settled(services)
-
-
-async def test_a_killed_nats_server_costs_a_pause_and_no_request(services: Services) -> None:
-    bodies = prompt_bodies(services.model, 16, 100, 300)
-    async with aiohttp.ClientSession(headers=services.headers) as session:
-        tasks = [asyncio.create_task(stream(session, services.url, body)) for body in bodies]
-        await asyncio.sleep(0.7)
-        services.processes["nats"].kill()
-        await asyncio.sleep(0.5)
-        services.start("nats")
-        streams = await asyncio.gather(*tasks)
-    assert not [s.error for s in streams if s.error]
-    await settled(services)
+async def test_a_killed_nats_server_costs_a_pause_and_no_request(
+    services: Services, observer: Observer, gateway: SimGateway
+) -> None:
+    asking = asyncio.create_task(asked(gateway, 30, 150, over_s=1.5))
+    running = asyncio.create_task(answers(services, prompt_bodies(services.model, 16, 100, 300)))
+    await asyncio.sleep(0.8)
+    services.processes["nats"].kill()
+    waiting = asyncio.create_task(gateway.ask(prompt(500), 20))
+    await asyncio.sleep(0.5)
+    services.start("nats")
+    assert not [s.error for s in await running if s.error]
+    require_exact([*await asking, await waiting])
+    await require_once(observer, {gateway.member})
+    await observer.settled(13)
 
 
 def test_all_members_are_well_at_the_end(services: Services) -> None:

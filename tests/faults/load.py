@@ -1,0 +1,42 @@
+"""Requests for the tests of this folder, and what their answers must be."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+from tests.faults.observer import Observer
+from tests.sim_gateway import Answer, SimGateway
+from tests.workers.world import expected
+
+
+def prompt(number: int, tokens: int = 60) -> list[int]:
+    """A prompt that no other number has."""
+    return [1000 + (number * 104729 + k * 31) % 40000 for k in range(tokens)]
+
+
+async def asked(gateway: SimGateway, count: int, tokens: int, *, over_s: float = 0.0) -> list[Answer]:
+    """Answers of requests that come evenly within ``over_s``; returns when all are over."""
+
+    async def one(number: int) -> Answer:
+        await asyncio.sleep(over_s * number / count)
+        return await gateway.ask(prompt(number), tokens)
+
+    return await asyncio.gather(*(one(number) for number in range(count)))
+
+
+def require_exact(answers: list[Answer]) -> None:
+    """Every answer ended well, with exactly the tokens that an undisturbed run yields."""
+    assert not [answer.error for answer in answers if answer.error]
+    for answer in answers:
+        assert answer.tokens == expected(answer.prompt, answer.max_tokens)
+
+
+async def require_once(observer: Observer, gateways: set[str]) -> None:
+    """Every request of these gateways that stood on the stream was completed, and nothing was completed twice."""
+    results, recorded = await observer.results()
+    assert recorded == len(results)
+    wanted = {item.request.request_id for item in observer.seen.values() if item.request.gateway in gateways}
+    assert wanted <= results.keys()
+    attempts = Counter(item.request.request_id for item in observer.seen.values())
+    assert all(results[request_id].attempt < attempts[request_id] + 5 for request_id in wanted)
