@@ -6,6 +6,7 @@
 # make bench  measure the whole path beside vLLM's own server; writes build/bench/path.json
 # make bench-transfer  pages between two processes, by every engine; writes build/bench/transfer.json
 # make bench-handoff  a handoff beside vLLM's own connector, on a GPU; writes build/bench/handoff.json
+# make bench-flow  fairness, waits and cost of the router, and what its death costs; writes build/bench/flow.json
 # make bench-gateway  what the gateway costs a token and a request; writes build/bench/gateway.json
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p) 2>/dev/null)))
@@ -17,7 +18,7 @@ MANIFEST ?= manifests/local.yaml
 # cpu or cuda; found by looking for an NVIDIA driver.
 EXTRA ?= $(if $(wildcard /dev/nvidiactl),cuda,cpu)
 
-.PHONY: up test check soak bench bench-gateway bench-kv bench-transfer bench-handoff install clean
+.PHONY: up test check soak bench bench-gateway bench-kv bench-transfer bench-handoff bench-flow install clean
 .DELETE_ON_ERROR:
 
 up: $(VENV)/.installed
@@ -42,6 +43,8 @@ bench-transfer: $(VENV)/.installed-dev
 
 bench-handoff: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.bench.handoff
+bench-flow: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.bench.failover
 
 bench-gateway: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.bench.gateway
