@@ -6,6 +6,7 @@ import asyncio
 import json
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         for name in NODES:
             cluster.start_node(name)
         for name in NODES:
-            wait_for(lambda name=name: answers(f"{cluster.monitors[name]}/healthz"), 40, name)
+            wait_for(partial(answers, f"{cluster.monitors[name]}/healthz"), 40, name)
         for name, service in (("router", ""), ("router-2", "router"), ("prefill", ""), ("decode", "")):
             cluster.start(name, service or None)
         for name in ("prefill", "decode"):
