@@ -1,7 +1,7 @@
 """How fast each engine moves pages between two processes, beside a plain copy in one: ``make bench-transfer``.
 
 Pages of a small model on a CPU, or with ``--gpu`` of an 8B model on one GPU that both processes share; scattered over
-the cache as after a while of serving, and neighbouring as in a fresh one. All bytes are compared.
+the cache as after a while of serving, and neighbouring as in a fresh one. A sample of the pulled pages is compared.
 """
 
 from __future__ import annotations
