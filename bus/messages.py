@@ -261,6 +261,8 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     """Prompt tokens that it loads a second from a ``Tier``, as measured of late."""
     transports: str = ""
     """Engines that move its pages, and why others do not: for people."""
+    page_bytes: int = 0
+    """Size of one page over all ranks."""
 
 
 # -- where KV pages are -------------------------------------------------------------------------------------------

@@ -85,6 +85,13 @@ class Policies(Part, frozen=True, kw_only=True):
     prefill_long_prompt_tokens: Positive | None = None
     """A prompt longer than this is long: vLLM prefills it in pieces of at most so many tokens, beside others."""
     min_decode_slots: NonNegative = 0
+    """Slots of each decode worker that batch work never gets."""
+    batch_share: Annotated[float, Meta(ge=0, lt=1)] = 0.05
+    """Part of the service that batch work is guaranteed while interactive work waits."""
+    max_wait_s: PositiveFloat = 30.0
+    """How long shorter requests of a tenant may overtake one of its requests."""
+    aging_tokens_per_s: Annotated[float, Meta(ge=0)] = 100.0
+    """Cost, in prompt tokens, that a second of waiting outweighs inside a tenant."""
     queue_max_len: Positive = 2000
     """Requests of one tenant, queued and running; one more is refused with 429."""
 

@@ -108,6 +108,7 @@ class WorkerState:
             pages_total=info.pages_total,
             pages_free=load.pages_free,
             page_tokens=info.page_tokens,
+            page_bytes=info.page_bytes,
             max_model_len=info.max_model_len,
             metrics_port=identity.metrics_port,
             running=inventory,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 
-from llmserve.bus.flow.credits import Stray
+from llmserve.bus.flow.bucket import Bucket
+from llmserve.bus.flow.credits import Stray, WorkerState
 from llmserve.bus.flow.entry import ON_WORKER, Entry
 from llmserve.bus.flow.settings import RouterSettings
 from llmserve.bus.messages import Stage
@@ -21,6 +23,7 @@ class Budgets:
         """Granted and running requests by stage."""
         self.in_progress: Counter[str] = Counter()
         """Requests in progress by tenant."""
+        self.kv_io = Bucket(settings.max_kv_io_bytes_per_s)
         self.stray_tokens = 0
         self.strays_on_workers: Counter[Stage] = Counter()
         self.strays_in_progress: Counter[str] = Counter()
@@ -84,9 +87,21 @@ class Budgets:
         bound = self._settings.max_tokens_in_flight
         return bound is None or entry.bound_tokens <= bound
 
+    def kv_hbm_left(self, workers: Iterable[WorkerState]) -> float:
+        """Bytes that KV pages may still take in the memory of all workers together."""
+        bound = self._settings.max_kv_hbm_bytes
+        if bound is None:
+            return math.inf
+        return bound - sum(worker.pages_in_use * worker.beat.page_bytes for worker in workers)
+
+    def has_kv_io_for(self, entry: Entry, now_s: float) -> bool:
+        """Whether the pages of its handoff, if it has one, may move now."""
+        return self.kv_io.has(moved_bytes(entry), now_s)
+
     def check(self, entries: Iterable[Entry], strays: Iterable[Stray]) -> None:
         """Assert the invariants against all known requests and all strays of known workers."""
         entries, strays = list(entries), list(strays)
+        self.kv_io.check()
         counted = [entry for entry in entries if entry.counted]
         assert self.tokens_in_flight == sum(entry.bound_tokens for entry in counted), "tokens in flight"
         tenants = Counter(entry.tenant for entry in counted)
@@ -97,3 +112,9 @@ class Budgets:
         assert self.stray_tokens == sum(stray.bound_tokens for stray in strays), "strays' tokens in flight"
         assert +self.strays_in_progress == Counter(stray.tenant for stray in strays), "strays in progress"
         assert +self.strays_on_workers == Counter(stray.stage for stray in strays), "strays on workers"
+
+
+def moved_bytes(entry: Entry) -> int:
+    """Page bytes that a grant of the entry lets move."""
+    handoff = entry.handoff
+    return 0 if handoff is None else handoff.pages * handoff.page_bytes

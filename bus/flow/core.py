@@ -119,6 +119,11 @@ class RouterCore:
                 self._outcomes.reject(decision.entry, "unservable", decision.message, now_s)
         return self._outcomes.take_actions()
 
+    @property
+    def wake_s(self) -> float | None:
+        """When to ``dispatch`` again though nothing happens before; None: only after the next event."""
+        return self._dispatcher.wake_s
+
     def check(self) -> None:
         """Assert every invariant; linear in all that is known."""
         self.ledger.check()

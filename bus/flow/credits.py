@@ -49,6 +49,10 @@ class WorkerState:
         """Set aside for the book's requests."""
         self.unlisted_pages = 0
         """Of those, for requests that ``beat`` cannot have counted in its free pages."""
+        self.batch = 0
+        """Of the book's requests, those of class batch."""
+        self.held_pages = 0
+        """Of ``holding``."""
         self.strays: dict[int, Stray] = {}
         """What it runs besides the book, by sequence."""
         self.stray_prompt_tokens = 0
@@ -77,9 +81,20 @@ class WorkerState:
     def free_pages(self) -> int:
         """Pages neither used nor set aside, by the more careful of the worker's count and ours."""
         return min(
-            self.beat.pages_total - self.pages - self.stray_pages,
+            self.beat.pages_total - self.pages - self.stray_pages - self.held_pages,
             self.beat.pages_free - self.unlisted_pages - self.stray_unlisted_pages,
         )
+
+    @property
+    def pages_in_use(self) -> int:
+        """Used or set aside, by the more careful of the two counts."""
+        return self.beat.pages_total - self.free_pages if self.beat.pages_total else 0
+
+    def has_batch_slot(self, min_decode_slots: int) -> bool:
+        """Whether one more request of class batch leaves the slots that are not for it. Strays may be batch."""
+        if self.stage is Stage.PREFILL:
+            return True
+        return self.batch + len(self.strays) < self.beat.slots - min_decode_slots
 
     def pages_for(self, prompt_tokens: int, max_tokens: int, reserved_output_tokens: int) -> int:
         """Pages that a request of that size is going to need here."""
@@ -141,6 +156,7 @@ class WorkerState:
         self.work_tokens += entry.work_tokens
         if entry.prefix is not None:
             self._prefixes.setdefault(entry.prefix.head, {})[entry.seq] = entry.prefix
+        self.batch += entry.is_batch
         self.pages += pages
         self.unlisted_pages += pages
 
@@ -153,6 +169,7 @@ class WorkerState:
             del alike[entry.seq]
             if not alike:
                 del self._prefixes[entry.prefix.head]
+        self.batch -= entry.is_batch
         self.pages -= entry.pages
         if not entry.listed:
             self.unlisted_pages -= entry.pages
@@ -161,6 +178,16 @@ class WorkerState:
     def prefixes_like(self, prefix: Prefix) -> Iterable[Prefix]:
         """Prefixes of the book's latest requests that begin as ``prefix`` does."""
         return islice(reversed(self._prefixes.get(prefix.head, {}).values()), ALIKE)
+
+    def hold(self, entry: Entry, pages: int) -> None:
+        """Keep the pages of a handoff that waits for a decode worker."""
+        self.holding[entry.seq], entry.pages = entry, pages
+        self.held_pages += pages
+
+    def let_go(self, entry: Entry) -> None:
+        """The handoff waits no more."""
+        del self.holding[entry.seq]
+        self.held_pages -= entry.pages
 
     def hear(self, beat: Heartbeat, now_s: float) -> None:
         """Adopt a heartbeat with its credit and its inventory."""
@@ -209,6 +236,9 @@ class WorkerState:
         unlisted = sum(entry.pages for entry in entries if not entry.listed)
         assert self.unlisted_pages == unlisted, f"{self.member}: unlisted pages"
         assert min(self.work_tokens, self.pages, self.unlisted_pages) >= 0, f"{self.member}: negative"
+        assert self.batch == sum(entry.is_batch for entry in entries), f"{self.member}: batch requests"
+        held = sum(entry.pages for entry in self.holding.values())
+        assert self.held_pages == held, f"{self.member}: held pages"
         strays = self.strays.values()
         assert self.stray_prompt_tokens == sum(s.prompt_tokens for s in strays), f"{self.member}: strays' tokens"
         assert self.stray_pages == sum(s.pages for s in strays), f"{self.member}: strays' pages"

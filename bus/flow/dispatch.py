@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 
+from llmserve.bus.flow.budgets import moved_bytes
 from llmserve.bus.flow.credits import WorkerState
 from llmserve.bus.flow.entry import Charge, Entry
+from llmserve.bus.flow.lanes import Lanes
 from llmserve.bus.flow.ledger import Ledger
 from llmserve.bus.flow.placement import Placement, cheapest
 from llmserve.bus.flow.queue import FairQueue, Flow
@@ -38,7 +41,8 @@ class Dispatcher:
     """Serves the queues in fair order for as long as something fits.
 
     A head that does not fit is stepped past, so that it blocks nobody; once it has been so for ``bypass_s`` it is
-    not any more: its stage then drains until it fits, so that nobody starves it.
+    not any more: its stage then drains until it fits, so that nobody starves it. Batch work is served where no
+    interactive request could use the room, and first when it has earned it.
     """
 
     def __init__(self, ledger: Ledger, rng: random.Random, placement: Placement) -> None:
@@ -46,79 +50,185 @@ class Dispatcher:
         self._placement = placement
         self._settings = ledger.settings
         self._rng = rng
-        self._starved: FairQueue[Entry] | None = None
-        """The queue whose oldest head waits for the token budget: it goes first."""
+        self._starved: Lanes | None = None
+        """The lanes whose oldest head waits for a cluster-wide budget: they go first."""
+        self._kv_left = math.inf
+        """Bytes of ``max_kv_hbm_bytes`` that nothing takes, in this dispatch."""
+        self.wake_s: float | None = None
+        """When the bucket of KV transfers lets the next handoff through, if one waits for it."""
 
     def dispatch(self, now_s: float) -> list[Decision]:
         """Move all that can go to workers; takes O(workers + log requests) per decision."""
+        ledger, decisions = self._ledger, list[Decision]()
+        self.wake_s = None
         self._placement.begin(now_s)
-        decisions: list[Decision] = []
-        for fingerprint, queue in self._ledger.decode_queues.items():
-            if queue.size:
-                self._serve(queue, self._decode_workers(fingerprint), now_s, decisions)
-        queues = sorted(self._ledger.first_queues.items(), key=lambda item: item[1] is not self._starved)
+        self._kv_left = ledger.budgets.kv_hbm_left(ledger.workers.values())
+        for fingerprint, lanes in ledger.decode_queues.items():
+            if lanes.size:
+                workers = self._decode_workers(fingerprint)
+                self._serve(lanes, workers, workers, now_s, decisions)
+        waiting = [(api, lanes) for api, lanes in ledger.first_queues.items() if lanes.size]
+        if not waiting:
+            return decisions
+        waiting.sort(key=lambda item: item[1] is not self._starved)
         self._starved = None
-        ahead = self._handoffs_ahead() if any(queue.size for _, queue in queues) else {}
-        for api, queue in queues:
-            if queue.size and self._serve(queue, self._first_workers(api, ahead), now_s, decisions):
-                self._starved = queue
+        ahead, batch_ahead = self._handoffs_ahead(), self._batch_handoffs_ahead()
+        for api, lanes in waiting:
+            interactive = self._first_workers(api, ahead, batch=False)
+            batch = self._first_workers(api, batch_ahead, batch=True) if lanes.batch.size else []
+            if self._serve(lanes, interactive, batch, now_s, decisions):
+                self._starved = lanes
                 break
         return decisions
 
     def _serve(
-        self, queue: FairQueue[Entry], workers: list[WorkerState], now_s: float, decisions: list[Decision]
+        self,
+        lanes: Lanes,
+        interactive: list[WorkerState],
+        batch: list[WorkerState],
+        now_s: float,
+        decisions: list[Decision],
     ) -> bool:
-        """Serve one queue; returns whether everything must wait for the token budget now."""
+        """Serve both lanes; returns whether everything must wait for a cluster-wide budget now."""
+        if lanes.batch.size and self._serve_due(lanes, batch, now_s, decisions):
+            return False
+        blocked, starved = self._serve_lane(lanes, interactive, batch, now_s, decisions)
+        if lanes.batch.size and not blocked and lanes.interactive.all_parked():
+            _, starved = self._serve_lane(lanes, batch, None, now_s, decisions)
+        return starved
+
+    def _serve_lane(
+        self,
+        lanes: Lanes,
+        workers: list[WorkerState],
+        batch: list[WorkerState] | None,
+        now_s: float,
+        decisions: list[Decision],
+    ) -> tuple[bool, bool]:
+        """Serve the interactive lane, or the other if ``batch``, the workers for batch work, is None.
+
+        Returns whether something does not fit, and whether everything must wait for a cluster-wide budget.
+        """
+        is_batch = batch is None
+        queue = lanes.batch if is_batch else lanes.interactive
+        room = [worker for worker in workers if self._has_room(worker, batch=is_batch)]
         aside: list[Flow[Entry]] = []
         starved = False
-        while self._any_room(workers) and (flow := queue.take()) is not None:
-            entry = flow.head()
-            if not entry.counted and self._ledger.budgets.tenant_full(flow.tenant):
-                queue.park(flow)
-            elif message := self._never(entry, workers):
-                decisions.append(Unservable(queue.serve(flow, 0.0), message))
-            elif (worker := self._choose(entry, workers)) is not None:
-                decisions.append(self._grant(queue, flow, worker, now_s))
-            else:
+        while room and (flow := queue.take(now_s)) is not None:
+            worker = self._next(lanes, queue, flow, room, workers, now_s, decisions)
+            if worker is not None:
+                if batch and lanes.batch.size:
+                    self._serve_due(lanes, batch, now_s, decisions)
+                room = [other for other in room if self._has_room(other, batch=is_batch)]
+            elif flow.turn is not None:
                 aside.append(flow)
-                if entry.blocked_since_s is None:
-                    entry.blocked_since_s = now_s
-                patient = entry.is_suspect or now_s - entry.blocked_since_s < self._settings.bypass_s
+                patient = self._patient(flow.turn, now_s)
                 if not patient or len(aside) == SCAN:
-                    starved = not patient and not self._ledger.budgets.has_tokens_for(entry)
+                    starved = not patient and self._awaits_budget(flow.turn, room)
                     break
         for flow in aside:
             queue.restore(flow)
-        return starved
+        return bool(aside), starved
 
-    def _grant(self, queue: FairQueue[Entry], flow: Flow[Entry], worker: WorkerState, now_s: float) -> Granted:
-        entry = flow.head()
+    def _serve_due(self, lanes: Lanes, workers: list[WorkerState], now_s: float, decisions: list[Decision]) -> bool:
+        """Batch work that has earned its turn, or whose pages would expire; returns whether others must wait for it."""
+        queue = lanes.batch
+        while room := [worker for worker in workers if self._has_room(worker, batch=True)]:
+            flow = queue.take(now_s)
+            if flow is None or flow.turn is None:
+                return False
+            entry = flow.turn
+            expiring = entry.handoff is not None and now_s - entry.since_s >= entry.lease_until_s - now_s
+            if not expiring and not lanes.batch_due(self._ledger.costs.estimate(entry)):
+                queue.restore(flow)
+                return False
+            worker = self._next(lanes, queue, flow, room, workers, now_s, decisions)
+            if worker is None and flow.turn is not None:
+                queue.restore(flow)
+                return not self._patient(entry, now_s)
+        return False
+
+    def _next(
+        self,
+        lanes: Lanes,
+        queue: FairQueue[Entry],
+        flow: Flow[Entry],
+        room: list[WorkerState],
+        workers: list[WorkerState],
+        now_s: float,
+        decisions: list[Decision],
+    ) -> WorkerState | None:
+        """Decide about the flow's turn; returns the worker that got it. A turn that is left must be restored."""
+        entry = flow.turn
+        assert entry is not None
+        if not entry.counted and self._ledger.budgets.tenant_full(flow.tenant):
+            queue.park(flow)
+        elif message := self._never(entry, workers):
+            decisions.append(Unservable(queue.serve(flow, 0.0), message))
+        elif (worker := self._choose(entry, room, now_s)) is not None:
+            decisions.append(self._grant(lanes, queue, flow, worker, now_s))
+            return worker
+        elif entry.blocked_since_s is None:
+            entry.blocked_since_s = now_s
+        return None
+
+    def _grant(
+        self, lanes: Lanes, queue: FairQueue[Entry], flow: Flow[Entry], worker: WorkerState, now_s: float
+    ) -> Granted:
+        entry = flow.turn
+        assert entry is not None
         self._placement.granted(entry, worker)
         cost = 0.0 if entry.paid else self._ledger.costs.estimate(entry)
         queue.serve(flow, cost)
+        lanes.served(queue, cost)
         if cost:
             entry.charges.append(Charge(queue, cost))
         waited_s = now_s - entry.since_s
+        bound = self._settings.max_kv_hbm_bytes is not None
+        used = worker.pages_in_use if bound else 0
+        self._ledger.budgets.kv_io.take(moved_bytes(entry), now_s)
         self._ledger.grant(entry, worker, now_s)
+        if bound:
+            self._kv_left -= (worker.pages_in_use - used) * worker.beat.page_bytes
         return Granted(entry, worker, waited_s)
 
-    def _choose(self, entry: Entry, workers: list[WorkerState]) -> WorkerState | None:
+    def _choose(self, entry: Entry, room: list[WorkerState], now_s: float) -> WorkerState | None:
         """The worker that takes it now; None if it has to wait."""
         budgets, reserved = self._ledger.budgets, self._settings.reserved_output_tokens
         if not budgets.has_tokens_for(entry):
             return None
-        able = [
-            worker
-            for worker in workers
-            if worker.fits(entry, reserved, self._placement.work_tokens)
-            and worker.serves(entry)
-            and not budgets.stage_full(worker.stage)
-        ]
+        if entry.handoff is not None and not budgets.has_kv_io_for(entry, now_s):
+            self.wake_s = now_s + budgets.kv_io.wait_s(moved_bytes(entry), now_s)
+            return None
+        work_tokens = self._placement.work_tokens
+        able = [worker for worker in room if worker.fits(entry, reserved, work_tokens) and worker.serves(entry)]
+        if self._settings.max_kv_hbm_bytes is not None:
+            able = [worker for worker in able if self._kv_bytes(entry, worker) <= self._kv_left]
         return cheapest(entry, able, self._placement, self._rng)
 
-    def _any_room(self, workers: list[WorkerState]) -> bool:
-        budgets = self._ledger.budgets
-        return any(worker.has_room() and not budgets.stage_full(worker.stage) for worker in workers)
+    def _has_room(self, worker: WorkerState, *, batch: bool = False) -> bool:
+        if not worker.has_room() or self._ledger.budgets.stage_full(worker.stage):
+            return False
+        return not batch or worker.has_batch_slot(self._settings.min_decode_slots)
+
+    def _patient(self, entry: Entry, now_s: float) -> bool:
+        """Whether others may still overtake a request that does not fit."""
+        return (
+            entry.is_suspect
+            or entry.blocked_since_s is None
+            or now_s - entry.blocked_since_s < self._settings.bypass_s
+        )
+
+    def _awaits_budget(self, entry: Entry, room: list[WorkerState]) -> bool:
+        """Whether a cluster-wide budget is what the request lacks, so that other engines' requests must wait too."""
+        if not self._ledger.budgets.has_tokens_for(entry):
+            return True
+        return all(self._kv_bytes(entry, worker) > self._kv_left for worker in room)
+
+    def _kv_bytes(self, entry: Entry, worker: WorkerState) -> int:
+        """What the request takes of ``max_kv_hbm_bytes`` on the worker."""
+        reserved = self._settings.reserved_output_tokens
+        return worker.pages_for(entry.prompt_tokens, entry.max_tokens, reserved) * worker.beat.page_bytes
 
     def _never(self, entry: Entry, workers: list[WorkerState]) -> str:
         """Why no live worker could ever serve the request; empty if one could."""
@@ -127,6 +237,11 @@ class Dispatcher:
         if not self._ledger.budgets.could_ever_have(entry):
             bound = self._settings.max_tokens_in_flight
             return f"prompt and max_tokens are {entry.bound_tokens} tokens, max_tokens_in_flight allows {bound}"
+        hbm = self._settings.max_kv_hbm_bytes
+        if hbm is not None and workers:
+            least = min(self._kv_bytes(entry, worker) for worker in workers)
+            if least > hbm:
+                return f"its KV pages take {least} bytes, max_kv_hbm_gb allows {hbm}"
         if any(worker.serves(entry) for worker in workers):
             return ""
         longest = max(
@@ -145,27 +260,46 @@ class Dispatcher:
             if worker.stage is Stage.DECODE and worker.beat.fingerprint == fingerprint
         ]
 
-    def _first_workers(self, api: str, ahead: dict[str, int]) -> list[WorkerState]:
+    def _first_workers(self, api: str, ahead: dict[str, int], *, batch: bool) -> list[WorkerState]:
         """Prefill workers only while their handoffs would find a decode worker within their lease."""
         queues = self._ledger.decode_queues
         workers = []
         for worker in self._ledger.workers.values():
             if worker.stage is Stage.DECODE or worker.beat.api != api:
                 continue
+            if worker.stage is Stage.WHOLE:
+                workers.append(worker)
+                continue
             fingerprint = worker.beat.fingerprint
-            waiting = queues[fingerprint].size if fingerprint in queues else 0
-            if worker.stage is Stage.WHOLE or waiting < ahead.get(fingerprint, 0):
+            lanes = queues.get(fingerprint)
+            waiting = 0 if lanes is None else (lanes.batch if batch else lanes.interactive).size
+            if waiting < ahead.get(fingerprint, 0):
                 workers.append(worker)
         return workers
 
     def _handoffs_ahead(self) -> dict[str, int]:
         """Handoffs that may wait for decode workers, by fingerprint: a quarter of what these run at once, so that
         a wait is about a quarter of a request's time and far below a lease. None without a decode worker."""
-        slots: dict[str, int] = {}
-        for worker in self._ledger.workers.values():
-            if worker.stage is Stage.DECODE and not worker.beat.draining:
-                slots[worker.beat.fingerprint] = slots.get(worker.beat.fingerprint, 0) + worker.beat.slots
         bound = self._settings.max_decode_concurrency
+        slots = self._decode_slots(0)
         return {
             fingerprint: max(LEAST_AHEAD, min(number, bound or number) // 4) for fingerprint, number in slots.items()
         }
+
+    def _batch_handoffs_ahead(self) -> dict[str, int]:
+        """The same for batch work: one while interactive handoffs wait, which it can hardly overtake."""
+        ahead = {}
+        for fingerprint, number in self._decode_slots(self._settings.min_decode_slots).items():
+            lanes = self._ledger.decode_queues.get(fingerprint)
+            contended = lanes is not None and lanes.interactive.size > 0
+            ahead[fingerprint] = min(number, 1 if contended else LEAST_AHEAD)
+        return ahead
+
+    def _decode_slots(self, spared: int) -> dict[str, int]:
+        """Slots of all decode workers by fingerprint, without ``spared`` of each worker."""
+        slots: dict[str, int] = {}
+        for worker in self._ledger.workers.values():
+            if worker.stage is Stage.DECODE and not worker.beat.draining:
+                fingerprint = worker.beat.fingerprint
+                slots[fingerprint] = slots.get(fingerprint, 0) + max(0, worker.beat.slots - spared)
+        return slots

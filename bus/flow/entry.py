@@ -120,6 +120,10 @@ class Entry:
         )
 
     @property
+    def is_batch(self) -> bool:
+        return self.klass == "batch"
+
+    @property
     def bound_tokens(self) -> int:
         """The most tokens that it can come to hold."""
         return self.prompt_tokens + self.max_tokens

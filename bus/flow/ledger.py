@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llmserve.bus.flow.budgets import Budgets
 from llmserve.bus.flow.costs import Costs
 from llmserve.bus.flow.credits import Stray, WorkerState
 from llmserve.bus.flow.entry import IN_ORDER, ON_WORKER, Charge, Entry, Place
-from llmserve.bus.flow.queue import FairQueue
+from llmserve.bus.flow.lanes import Lanes
+from llmserve.bus.flow.queue import FairQueue, Order, Share
 from llmserve.bus.flow.settings import RouterSettings
 from llmserve.bus.flow.timers import Timers
 from llmserve.bus.messages import HandedOff, Stage
+
+PROMOTE = 0.8
+"""Part of ``max_wait_s`` after which a request goes first in its tenant; the rest is for those before it."""
 
 
 @dataclass(slots=True)
@@ -36,16 +41,24 @@ class Ledger:
         self.workers: dict[str, WorkerState] = {}
         self.gateways: dict[str, GatewayState] = {}
         self._tickets = itertools.count(1)
-        self.first_queues: dict[str, FairQueue[Entry]] = {}
+        self.first_queues: dict[str, Lanes] = {}
         """Requests that wait for a prefill worker or one of both roles, by engine API."""
-        self.decode_queues: dict[str, FairQueue[Entry]] = {}
+        self.decode_queues: dict[str, Lanes] = {}
         """Handoffs that wait for a decode worker, by fingerprint of their pages."""
 
-    def first_queue(self, api: str) -> FairQueue[Entry]:
-        return self.first_queues.setdefault(api, FairQueue(self._weight, self._tickets))
+    def first_queue(self, entry: Entry) -> FairQueue[Entry]:
+        """Where the request waits for its first worker."""
+        lanes = self.first_queues.get(entry.api)
+        if lanes is None:
+            lanes = self.first_queues[entry.api] = self._lanes(self._share)
+        return lanes.lane(entry.klass)
 
-    def decode_queue(self, fingerprint: str) -> FairQueue[Entry]:
-        return self.decode_queues.setdefault(fingerprint, FairQueue(self._weight, self._tickets))
+    def decode_queue(self, entry: Entry, fingerprint: str) -> FairQueue[Entry]:
+        """Where its handoff waits for a decode worker; its first token is there, so no SLO has a say any more."""
+        lanes = self.decode_queues.get(fingerprint)
+        if lanes is None:
+            lanes = self.decode_queues[fingerprint] = self._lanes(self._share_by_weight)
+        return lanes.lane(entry.klass)
 
     def add(self, entry: Entry) -> None:
         """Know a new attempt; it must be moved to a place next."""
@@ -59,9 +72,9 @@ class Ledger:
         self._detach(entry)
         self._uncount(entry)
         entry.move(Place.QUEUED, now_s)
-        entry.queue = self.first_queue(entry.api)
-        entry.queue.push(entry)
-        self.timers.set(entry.seen_s + self.settings.max_wait_s, entry)
+        entry.queue = self.first_queue(entry)
+        entry.queue.push(entry, self.costs.estimate(entry))
+        self.timers.set(entry.seen_s + self.settings.queue_deadline_s, entry)
 
     def wait(self, entry: Entry, handoff: HandedOff, holder: WorkerState, lease_until_s: float, now_s: float) -> None:
         """Wait for a decode worker, until ``lease_until_s``."""
@@ -69,10 +82,10 @@ class Ledger:
         self.budgets.count(entry)
         entry.move(Place.WAITING, now_s)
         entry.handoff, entry.holder, entry.lease_until_s = handoff, holder, lease_until_s
-        holder.holding[entry.seq] = entry
-        entry.queue = self.decode_queue(holder.beat.fingerprint)
+        holder.hold(entry, self._pages(entry, holder))
+        entry.queue = self.decode_queue(entry, holder.beat.fingerprint)
         entry.paid = entry.attempt > 0 or any(charge.queue is entry.queue for charge in entry.charges)
-        entry.queue.push(entry)
+        entry.queue.push(entry, self.costs.estimate(entry))
         self.timers.set(lease_until_s, entry)
 
     def grant(self, entry: Entry, worker: WorkerState, now_s: float) -> None:
@@ -90,7 +103,7 @@ class Ledger:
         entry.listed = True
         worker.unlisted_pages -= entry.pages
         if not entry.charges and not entry.paid:
-            queue, cost = self.first_queue(entry.api), self.costs.estimate(entry)
+            queue, cost = self.first_queue(entry), self.costs.estimate(entry)
             queue.charge(entry.tenant, cost)
             entry.charges.append(Charge(queue, cost))
 
@@ -169,7 +182,7 @@ class Ledger:
         if entry.ticket and entry.queue is not None:
             entry.queue.remove(entry)
         if entry.place is Place.WAITING and entry.holder is not None:
-            entry.holder.holding.pop(entry.seq, None)
+            entry.holder.let_go(entry)
         if entry.worker is not None:
             entry.worker.release(entry)
             self.budgets.on_workers[entry.stage] -= 1
@@ -182,8 +195,17 @@ class Ledger:
         for queue in self.first_queues.values():
             queue.unpark(tenant)
 
-    def _weight(self, tenant: str) -> float:
-        return self.settings.tenant(tenant).weight
+    def _lanes(self, share_of: Callable[[str], Share]) -> Lanes:
+        settings = self.settings
+        order = Order(settings.aging_tokens_per_s, PROMOTE * settings.max_wait_s, settings.slo_lead_tokens)
+        return Lanes(lambda: FairQueue(share_of, self._tickets, order), settings.batch_share)
+
+    def _share(self, tenant: str) -> Share:
+        settings = self.settings.tenant(tenant)
+        return Share(settings.weight, settings.ttft_slo_s)
+
+    def _share_by_weight(self, tenant: str) -> Share:
+        return Share(self.settings.tenant(tenant).weight)
 
     def check(self) -> None:
         """Assert every invariant; linear in all that is known."""
@@ -192,10 +214,11 @@ class Ledger:
         for worker in self.workers.values():
             worker.check()
             assert not worker.gone, f"{worker.member}: gone and known"
-        queues = [*self.first_queues.values(), *self.decode_queues.values()]
-        for queue in queues:
-            queue.check()
-            for entry in queue.items():
+        queues = []
+        for lanes in (*self.first_queues.values(), *self.decode_queues.values()):
+            lanes.check()
+            queues += [lanes.interactive, lanes.batch]
+            for entry in lanes.items():
                 assert self.entries.get(entry.seq) is entry, f"{entry.seq}: queued and unknown"
         for seq, entry in self.entries.items():
             assert entry.seq == seq

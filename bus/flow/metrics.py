@@ -8,9 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from llmserve.bus.flow.actions import SendGrant
 from llmserve.bus.flow.core import RouterCore
-from llmserve.bus.flow.entry import Entry
+from llmserve.bus.flow.lanes import Lanes
 from llmserve.bus.flow.locality import Locality
-from llmserve.bus.flow.queue import FairQueue
 from llmserve.bus.messages import Stage
 
 DISPATCH_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -141,7 +140,7 @@ class FlowMetrics:
         self._workers = set(workers)
 
 
-def _add_depths(depths: dict[tuple[str, str], int], stage: str, queues: Iterable[FairQueue[Entry]]) -> None:
+def _add_depths(depths: dict[tuple[str, str], int], stage: str, queues: Iterable[Lanes]) -> None:
     for queue in queues:
         for tenant, size in queue.sizes():
             depths[stage, tenant] = depths.get((stage, tenant), 0) + size

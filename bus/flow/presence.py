@@ -99,7 +99,7 @@ class Presence:
     def _due(self, entry: Entry, now_s: float) -> None:
         outcomes = self._outcomes
         if entry.place is Place.QUEUED:
-            outcomes.reject(entry, "deadline", f"queued for more than {self._settings.max_wait_s:g} s", now_s)
+            outcomes.reject(entry, "deadline", f"queued for more than {self._settings.queue_deadline_s:g} s", now_s)
         elif entry.place is Place.GRANTED:
             self._stats.confirm_timeouts += 1
             outcomes.lose(entry, "confirm", "its worker did not confirm the grant", now_s)

@@ -84,6 +84,7 @@ class Router:
         self._clock = clock
         self._granting = False
         self._pump_due = False
+        self._wake_timer: asyncio.TimerHandle | None = None
         self._subscriptions: list[Subscription] = []
         self._follower: Follower | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -238,9 +239,20 @@ class Router:
         if not self._granting:
             return
         try:
-            self._act(self.core.dispatch(self._clock()))
+            now_s = self._clock()
+            self._act(self.core.dispatch(now_s))
+            self._wake_at(now_s)
         except Exception as error:  # as above
             self._failed("dispatch", error)
+
+    def _wake_at(self, now_s: float) -> None:
+        """Dispatch again when the core says so, though nothing happens before."""
+        if self._wake_timer is not None:
+            self._wake_timer.cancel()
+            self._wake_timer = None
+        if self.core.wake_s is not None:
+            loop = asyncio.get_running_loop()
+            self._wake_timer = loop.call_later(max(0.0, self.core.wake_s - now_s), self._schedule_pump)
 
     # -- actions out ----------------------------------------------------------------------------------------------
 

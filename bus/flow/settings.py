@@ -13,6 +13,8 @@ class TenantSettings:
     """One tenant's share and bound."""
 
     weight: float = 1.0
+    ttft_slo_s: float | None = None
+    """Time to first token to aim at."""
     max_concurrency: int | None = None
     """Requests in progress at once, in all stages together."""
 
@@ -28,6 +30,20 @@ class RouterSettings:
     max_prefill_concurrency: int | None = None
     max_decode_concurrency: int | None = None
     """Requests on decode workers; a request that runs whole on one worker counts here."""
+    max_kv_hbm_bytes: int | None = None
+    """KV pages in use on all workers together."""
+    max_kv_io_bytes_per_s: float | None = None
+    """Page bytes that handoffs move, on average."""
+    min_decode_slots: int = 0
+    """Slots of each decode worker, or worker of both roles, that batch work never gets."""
+    batch_share: float = 0.05
+    """Part of the service that batch work is guaranteed while interactive work waits too."""
+    max_wait_s: float = 30.0
+    """How long a request may wait inside its tenant's share while shorter ones overtake it."""
+    aging_tokens_per_s: float = 100.0
+    """Cost that a second of waiting outweighs inside a tenant."""
+    slo_lead_tokens: float = 8192.0
+    """Cost by which a tenant that would miss its ``ttft_slo_s`` may be ahead of its share."""
     output_weight: float = 2.0
     """Cost of an output token in prompt tokens."""
     first_expected_output_tokens: float = 256.0
@@ -49,7 +65,7 @@ class RouterSettings:
     """Between two notices to a gateway of the same lost attempt, or of the same rejection."""
     lease_margin_s: float = 2.0
     """What must be left of a handoff's lease when it is granted; half the lease if that is less."""
-    max_wait_s: float = 600.0
+    queue_deadline_s: float = 600.0
     """A request queued for longer is rejected."""
     retry_patience_s: float = 5.0
     """A later attempt, or a handoff, that no live worker could take for so long is rejected: its client has seen the
@@ -71,15 +87,25 @@ class RouterSettings:
     @classmethod
     def from_manifest(cls, manifest: Manifest) -> RouterSettings:
         """The router's part of a manifest."""
-        spec = manifest.spec
+        spec, budgets, policies = manifest.spec, manifest.spec.budgets, manifest.spec.scheduling.policies
         return cls(
             tenants={
-                name: TenantSettings(weight=tenant.weight, max_concurrency=tenant.max_concurrency)
+                name: TenantSettings(
+                    weight=tenant.weight,
+                    ttft_slo_s=None if tenant.ttft_slo_ms is None else tenant.ttft_slo_ms / 1000,
+                    max_concurrency=tenant.max_concurrency,
+                )
                 for name, tenant in spec.scheduling.fair_share.tenants.items()
             },
-            max_tokens_in_flight=spec.budgets.max_tokens_in_flight,
-            max_prefill_concurrency=spec.budgets.max_prefill_concurrency,
-            max_decode_concurrency=spec.budgets.max_decode_concurrency,
+            max_tokens_in_flight=budgets.max_tokens_in_flight,
+            max_prefill_concurrency=budgets.max_prefill_concurrency,
+            max_decode_concurrency=budgets.max_decode_concurrency,
+            max_kv_hbm_bytes=None if budgets.max_kv_hbm_gb is None else int(budgets.max_kv_hbm_gb * 2**30),
+            max_kv_io_bytes_per_s=None if budgets.max_kv_io_gbps is None else budgets.max_kv_io_gbps * 1e9 / 8,
+            min_decode_slots=policies.min_decode_slots,
+            batch_share=policies.batch_share,
+            max_wait_s=policies.max_wait_s,
+            aging_tokens_per_s=policies.aging_tokens_per_s,
             # When a server of a cluster dies, its clients are nowhere until they have found another.
             worker_absence_s=0.2 if spec.bus.replicas == 1 else 2.0,
             gateway_absence_s=0.8 if spec.bus.replicas == 1 else 2.0,

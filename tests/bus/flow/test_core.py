@@ -274,7 +274,7 @@ def test_a_request_for_an_engine_that_no_worker_runs_is_rejected_after_a_grace()
 
 
 def test_without_any_worker_a_request_waits_until_its_deadline() -> None:
-    d = Driver(RouterSettings(max_wait_s=60))
+    d = Driver(RouterSettings(queue_deadline_s=60))
     d.tell(queued(1))
     for _ in range(29):
         assert notices(d.later(2.0)) == []

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmserve.bus.flow.queue import FairQueue
+from llmserve.bus.flow.queue import FairQueue, Share
 
 
 @dataclass(eq=False)
@@ -13,6 +13,7 @@ class Item:
     seq: int
     tenant: str
     cost: float = 1.0
+    seen_s: float = 0.0
     paid: bool = False
     ticket: int = 0
 
@@ -20,14 +21,15 @@ class Item:
 WEIGHTS = {"a": 1.0, "b": 1.0, "c": 2.0, "d": 4.0}
 
 
-def weight_of(tenant: str) -> float:
-    return WEIGHTS.get(tenant, 1.0)
+def share_of(tenant: str) -> Share:
+    return Share(WEIGHTS.get(tenant, 1.0))
 
 
 def serve(queue: FairQueue[Item]) -> Item:
-    flow = queue.take()
+    flow = queue.take(0.0)
     assert flow is not None
-    item = flow.head()
+    item = flow.turn
+    assert item is not None
     queue.serve(flow, 0.0 if item.paid else item.cost)
     queue.check()
     return item
@@ -40,7 +42,7 @@ def serve(queue: FairQueue[Item]) -> Item:
 def test_service_per_weight_of_two_backlogged_tenants_differs_by_at_most_a_request_of_each(
     extra: list[tuple[str, int]], base: int
 ) -> None:
-    queue: FairQueue[Item] = FairQueue(weight_of)
+    queue: FairQueue[Item] = FairQueue(share_of)
     costs: dict[str, list[int]] = {tenant: [base] * 40 for tenant in WEIGHTS}
     for tenant, cost in extra:
         costs[tenant].append(cost)
@@ -60,14 +62,14 @@ def test_service_per_weight_of_two_backlogged_tenants_differs_by_at_most_a_reque
 
 
 def test_within_a_tenant_requests_go_in_the_order_of_their_arrival() -> None:
-    queue: FairQueue[Item] = FairQueue(weight_of)
+    queue: FairQueue[Item] = FairQueue(share_of)
     for seq in (1, 2, 3):
         queue.push(Item(seq, "a"))
     assert [serve(queue).seq for _ in range(3)] == [1, 2, 3]
 
 
 def test_a_tenant_that_was_idle_saves_nothing_up() -> None:
-    queue: FairQueue[Item] = FairQueue(weight_of)
+    queue: FairQueue[Item] = FairQueue(share_of)
     for seq in range(100):
         queue.push(Item(seq, "a"))
     for _ in range(50):
@@ -79,7 +81,7 @@ def test_a_tenant_that_was_idle_saves_nothing_up() -> None:
 
 
 def test_a_paid_request_goes_before_everything_and_costs_nothing() -> None:
-    queue: FairQueue[Item] = FairQueue(weight_of)
+    queue: FairQueue[Item] = FairQueue(share_of)
     for seq in range(10):
         queue.push(Item(seq, "a", cost=100))
         queue.push(Item(100 + seq, "b", cost=100))
@@ -92,7 +94,7 @@ def test_a_paid_request_goes_before_everything_and_costs_nothing() -> None:
 
 
 def test_a_request_that_cost_less_than_charged_brings_its_tenant_forward() -> None:
-    queue: FairQueue[Item] = FairQueue(weight_of)
+    queue: FairQueue[Item] = FairQueue(share_of)
     for seq in range(10):
         queue.push(Item(seq, "a", cost=100))
         queue.push(Item(100 + seq, "b", cost=10))
@@ -106,7 +108,7 @@ def test_a_request_that_cost_less_than_charged_brings_its_tenant_forward() -> No
 def test_the_order_stays_consistent_through_any_pushes_removals_and_settlements(
     steps: list[tuple[str, bool, int]],
 ) -> None:
-    queue: FairQueue[Item] = FairQueue(weight_of)
+    queue: FairQueue[Item] = FairQueue(share_of)
     queued: list[Item] = []
     for seq, (tenant, paid, what) in enumerate(steps):
         if what < 2:

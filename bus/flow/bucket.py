@@ -1,0 +1,50 @@
+"""A token bucket over the bytes of KV transfers."""
+
+from __future__ import annotations
+
+import math
+
+
+class Bucket:
+    """Lets through at most ``rate_per_s`` on average and ``burst_s`` seconds' worth at once.
+
+    Something larger than a burst passes when the bucket is full and leaves it in debt, so that over any interval of t
+    seconds at most rate x (t + burst) and one such thing pass.
+    """
+
+    def __init__(self, rate_per_s: float | None, burst_s: float = 1.0) -> None:
+        """None: no bound."""
+        self._rate = rate_per_s
+        self._burst = 0.0 if rate_per_s is None else rate_per_s * burst_s
+        self._level = self._burst
+        self._at_s = -math.inf
+
+    def has(self, amount: float, now_s: float) -> bool:
+        """Whether ``amount`` may pass now."""
+        if self._rate is None:
+            return True
+        self._refill(now_s)
+        return self._level >= min(amount, self._burst)
+
+    def take(self, amount: float, now_s: float) -> None:
+        """``amount`` passes."""
+        if self._rate is not None:
+            self._refill(now_s)
+            self._level -= amount
+
+    def wait_s(self, amount: float, now_s: float) -> float:
+        """Seconds until ``amount`` may pass, if nothing else does."""
+        if self._rate is None or self.has(amount, now_s):
+            return 0.0
+        return (min(amount, self._burst) - self._level) / self._rate
+
+    def check(self) -> None:
+        """Assert the invariants."""
+        assert self._level <= self._burst, "the bucket overflows"
+
+    def _refill(self, now_s: float) -> None:
+        assert self._rate is not None
+        if now_s > self._at_s:
+            if math.isfinite(self._at_s):
+                self._level = min(self._burst, self._level + (now_s - self._at_s) * self._rate)
+            self._at_s = now_s
