@@ -77,6 +77,15 @@ def _prefill(spec: Spec) -> Iterator[Problem]:
         )
 
 
+def _batch(spec: Spec) -> Iterator[Problem]:
+    spared, seqs = spec.scheduling.policies.min_decode_slots, spec.engine.max_num_seqs
+    if seqs is not None and spared >= seqs:
+        yield Problem(
+            ("spec", "scheduling", "policies", "min_decode_slots"),
+            f"{spared} must be below spec.engine.max_num_seqs, which is {seqs}: batch work could never run",
+        )
+
+
 def _budgets(spec: Spec) -> Iterator[Problem]:
     tokens, length = spec.budgets.max_tokens_in_flight, spec.models.primary.max_model_len
     if tokens is not None and length is not None and tokens < length:
@@ -241,6 +250,7 @@ _RULES: tuple[Callable[[Spec], Iterator[Problem]], ...] = (
     _models,
     _engine,
     _prefill,
+    _batch,
     _budgets,
     _kv_cache,
     _storage,

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from llmserve.manifests.errors import FieldPath, ManifestError, dotted
 from llmserve.manifests.schema import Manifest, Spec
 
-_NO_BATCH = "batch class work comes later"
-
 
 @dataclass(frozen=True, slots=True)
 class Unsupported:
@@ -36,13 +34,5 @@ def require_supported(manifest: Manifest) -> None:
 
 
 def _found(spec: Spec) -> Iterator[tuple[FieldPath, str, str]]:
-    scheduling = ("spec", "scheduling")
-    for name, tenant in spec.scheduling.fair_share.tenants.items():
-        if tenant.ttft_slo_ms is not None:
-            path = (*scheduling, "fair_share", "tenants", name, "ttft_slo_ms")
-            yield path, f"{tenant.ttft_slo_ms:g}", "tenants share by weight alone"
-    slots = spec.scheduling.policies.min_decode_slots
-    if slots:
-        yield (*scheduling, "policies", "min_decode_slots"), str(slots), _NO_BATCH
     if spec.deployment.mode == "k8s":
         yield ("spec", "deployment", "mode"), "k8s", "only local, and docker-compose.yml"

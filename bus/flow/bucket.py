@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+_ROUNDING = 1e-3
+"""Of an amount, so that what ``wait_s`` promised is there in time."""
+
 
 class Bucket:
     """Lets through at most ``rate_per_s`` on average and ``burst_s`` seconds' worth at once.
@@ -24,7 +27,7 @@ class Bucket:
         if self._rate is None:
             return True
         self._refill(now_s)
-        return self._level >= min(amount, self._burst)
+        return self._level + _ROUNDING >= min(amount, self._burst)
 
     def take(self, amount: float, now_s: float) -> None:
         """``amount`` passes."""

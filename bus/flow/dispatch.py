@@ -131,7 +131,7 @@ class Dispatcher:
         return bool(aside), starved
 
     def _serve_due(self, lanes: Lanes, workers: list[WorkerState], now_s: float, decisions: list[Decision]) -> bool:
-        """Batch work that has earned its turn, or whose pages would expire; returns whether others must wait for it."""
+        """Batch work that has earned its turn, or pages that would expire; returns whether others must wait."""
         queue = lanes.batch
         while room := [worker for worker in workers if self._has_room(worker, batch=True)]:
             flow = queue.take(now_s)

@@ -22,6 +22,8 @@ class Lanes:
         self.batch = make()
         self.earned = 0.0
         """Cost that the batch lane may be served before interactive work."""
+        self._asked = 0.0
+        """Cost of the batch request that was looked at last."""
         self._rate = share / (1.0 - share)
 
     @property
@@ -37,17 +39,16 @@ class Lanes:
         if queue is self.batch:
             self.earned = max(0.0, self.earned - cost)
         elif self.batch.size:
-            self.earned += self._rate * cost
+            earned = self._rate * cost
+            self.earned = min(self.earned + earned, 2 * max(self._asked, earned))
         if not self.batch.size:
             self.earned = 0.0
 
     def batch_due(self, cost: float) -> bool:
-        """Whether the batch lane has earned a request of ``cost``. What it earns beyond that is lost: room that it
-        could not use is not saved up."""
-        if self.earned < cost:
-            return False
-        self.earned = cost
-        return True
+        """Whether the batch lane has earned a request of ``cost``. It cannot save up more than about two of them, if
+        there is no room for it."""
+        self._asked = cost
+        return self.earned >= cost
 
     def unpark(self, tenant: str) -> None:
         self.interactive.unpark(tenant)

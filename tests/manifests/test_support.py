@@ -13,8 +13,6 @@ from tests.manifests.samples import SHIPPED, manifest
 def test_each_such_field_of_the_example_is_named_with_its_value() -> None:
     found = unsupported(load(SHIPPED / "llmserve.yaml"))
     assert [(item.path, item.value) for item in found] == [
-        ("spec.scheduling.fair_share.tenants.premium.ttft_slo_ms", "300"),
-        ("spec.scheduling.policies.min_decode_slots", "2"),
         ("spec.deployment.mode", "k8s"),
     ]
 
@@ -26,8 +24,7 @@ def test_the_other_shipped_manifests_ask_for_nothing_that_is_missing(name: str) 
 
 def test_a_start_is_refused_with_one_line_for_each() -> None:
     with pytest.raises(ManifestError) as caught:
-        require_supported(manifest("deployment: {mode: k8s}, scheduling: {policies: {min_decode_slots: 1}}"))
+        require_supported(manifest("deployment: {mode: k8s}"))
     assert [line.split(" (")[0] for line in caught.value.lines] == [
-        "not supported yet: spec.scheduling.policies.min_decode_slots: 1",
         "not supported yet: spec.deployment.mode: k8s",
     ]

@@ -55,8 +55,8 @@ def request(
     )
 
 
-def stored(seq: int, tenant: str, of: Request) -> StoredRequest:
-    return StoredRequest(seq, tenant, "interactive", of, encode(of))
+def stored(seq: int, tenant: str, of: Request, klass: str = "interactive") -> StoredRequest:
+    return StoredRequest(seq, tenant, klass, of, encode(of))
 
 
 def beat(member: str, role: Role, **more: object) -> Heartbeat:
@@ -70,6 +70,7 @@ def beat(member: str, role: Role, **more: object) -> Heartbeat:
         "pages_total": 100,
         "pages_free": 100,
         "page_tokens": 16,
+        "page_bytes": 1000,
         "max_model_len": 1000,
         **more,
     }
@@ -81,6 +82,7 @@ class Load:
     """What counts against the bounds."""
 
     tokens: int = 0
+    kv_bytes: int = 0
     stages: Counter[Stage] = field(default_factory=Counter)
     tenants: Counter[str] = field(default_factory=Counter)
 
@@ -162,14 +164,14 @@ class World:
         self.workers[worker.name] = worker
         self.tell(worker.heartbeat())
 
-    def arrive(self, tenant: str, prompt_tokens: int, max_tokens: int) -> None:
+    def arrive(self, tenant: str, prompt_tokens: int, max_tokens: int, klass: str = "interactive") -> None:
         self.made += 1
-        self.submit(tenant, request(f"q{self.made}", 0, prompt_tokens, max_tokens))
+        self.submit(tenant, request(f"q{self.made}", 0, prompt_tokens, max_tokens), klass)
 
-    def submit(self, tenant: str, of: Request) -> None:
+    def submit(self, tenant: str, of: Request, klass: str = "interactive") -> None:
         self.seq += 1
         self.outcome.setdefault(of.request_id, "open")
-        item = stored(self.seq, tenant, of)
+        item = stored(self.seq, tenant, of, klass)
         self.stream[item.seq] = self.current[of.request_id] = item
         self.tell(item)
 
@@ -227,6 +229,15 @@ class World:
         self.carry_out(self.core.dispatch(self.now_s))
         self.core.check()
         self.check_bounds(found)
+        for worker in self.core.ledger.workers.values():
+            spared = worker.beat.slots - self.settings.min_decode_slots
+            jobs = [
+                job
+                for job in self.workers[worker.member].jobs.values()
+                if not job.held and worker.member in self.told
+            ]
+            decoding = [job for job in jobs if job.grant.stage is not Stage.PREFILL and job.grant.klass == "batch"]
+            assert self.upset or len(decoding) <= spared, f"{worker.member}: batch work in the slots that are spared"
         for name in self.core.ledger.workers:
             self.check_credit(name, on_worker[name])
 
@@ -339,7 +350,7 @@ class World:
         elif isinstance(message, AttemptLost):
             of = current.request
             again = request(of.request_id, of.attempt + 1, of.prompt_tokens, of.max_tokens)
-            self.submit(current.tenant, again)
+            self.submit(current.tenant, again, current.klass)
             self.stream.pop(current.seq, None)
 
     def look_up(self) -> None:
@@ -399,6 +410,8 @@ class World:
     def load(self) -> Load:
         """What runs on all workers that the router has heard of, and what waits between them."""
         load = Load()
+        for state in self.core.ledger.workers.values():
+            load.kv_bytes += state.pages_in_use * state.beat.page_bytes
         for name in self.core.ledger.workers:
             for tenant, stage, _, bound_tokens in self.running(name).values():
                 load.add(tenant, bound_tokens)
@@ -415,6 +428,8 @@ class World:
         """``found``: the load before the dispatch. A worker that falls silent and comes back may bring more than the
         bounds allow, and then nothing more must be granted."""
         load, bounds = self.load(), self.settings
+        kv = bounds.max_kv_hbm_bytes or 1 << 60
+        assert load.kv_bytes <= max(found.kv_bytes, kv), "KV pages in use"
         assert load.tokens <= max(found.tokens, bounds.max_tokens_in_flight or 1 << 60), "tokens in flight"
         prefill, decode = bounds.max_prefill_concurrency or 1 << 60, bounds.max_decode_concurrency or 1 << 60
         assert load.stages[Stage.PREFILL] <= max(found.stages[Stage.PREFILL], prefill), "prefill concurrency"
