@@ -249,8 +249,8 @@ def _ladder(manifest: Manifest, machine: Machine) -> tuple[Rung, ...]:
         simulated = spec.engine.simulated
         rate = f"{simulated.transfer_gbps:g} Gbit/s" if simulated is not None else "the default rate"
         return (Rung("simulated", True, f"takes the time that {rate} would"),)
-    same_host = Rung("same_host", True, "first where both ends are on one host")
-    return (same_host, *(_rung(name, spec, machine) for name in spec.transfer.engine_order))
+    same_host = (Rung("same_host", True, "first where both ends are on one host"),) if spec.transfer.same_host else ()
+    return (*same_host, *(_rung(name, spec, machine) for name in spec.transfer.engine_order))
 
 
 def _rung(name: str, spec: Spec, machine: Machine) -> Rung:

@@ -172,6 +172,8 @@ class Transfer(Part, frozen=True, kw_only=True):
     nixl: NixlOptions = NixlOptions()
     ucx: UcxOptions | None = None
     nccl: NcclOptions | None = None
+    same_host: bool = True
+    """Between processes of one host the same host's own engine goes before those of ``engine_order``."""
     lease_s: PositiveFloat = 30.0
     """How long prefilled pages wait for their decode worker."""
     timeout_s: PositiveFloat = 10.0

@@ -12,7 +12,7 @@ from llmserve.kvstore.transfer.base import EngineOptions, TransferEngine, Transf
 logger = logging.getLogger(__name__)
 
 SAME_HOST = "same_host"
-"""Goes before all others, and is not named in ``transfer.engine_order``."""
+"""Goes before all others unless ``transfer.same_host`` is false; ``transfer.engine_order`` does not name it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +44,13 @@ def open_engine(name: str, options: EngineOptions) -> TransferEngine:
 
 
 def open_ladder(order: Sequence[str], options: EngineOptions) -> tuple[list[TransferEngine], dict[str, str]]:
-    """(the engines that work here, the same host's own first; why each other one does not).
+    """(the engines of ``order`` that work here; why each other one does not).
 
     Raises ``TransferError`` if none does.
     """
     engines: list[TransferEngine] = []
     skipped: dict[str, str] = {}
-    for name in (SAME_HOST, *order):
+    for name in order:
         try:
             engines.append(open_engine(name, options))
         except TransferError as error:

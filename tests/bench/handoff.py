@@ -56,6 +56,7 @@ def transfer_config(kind: str, *, producer: bool) -> dict[str, Any]:
             "lease_s": 60.0,
             "timeout_s": 20.0,
             "engine_order": ["nixl"],
+            "same_host": True,
             "nixl_backend_policy": "auto",
             "ucx_rdma": True,
             "host": "127.0.0.1",

@@ -23,7 +23,8 @@ ROLES = ["gateway", "router", "prefill", "decode", "kv"]
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     services = Services(
-        tmp_path_factory.mktemp("services"), changes={"engine.kv_space_gb": 0.5, "transfer.lease_s": LEASE_S}
+        tmp_path_factory.mktemp("services"),
+        changes={"engine.kv_space_gb": 0.5, "transfer.lease_s": LEASE_S, "transfer.same_host": False},
     )
     try:
         services.start_all(ROLES)

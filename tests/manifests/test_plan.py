@@ -159,6 +159,8 @@ def test_options_of_transfer_engines_show_in_the_plan() -> None:
     ]
     plain = make_plan(manifest("transfer: {engine_order: [ucx]}"), replace(LAPTOP, libraries=libraries), SMOLLM2)
     assert plain.ladder[1].note == "ucxx 2, no RDMA device here: TCP, shared memory"
+    apart = make_plan(manifest("transfer: {same_host: false}"), replace(LAPTOP, libraries=libraries), SMOLLM2)
+    assert [rung.engine for rung in apart.ladder] == ["nixl"]
     there = make_plan(manifest(text), replace(TWO_GPUS, libraries=libraries, rdma=("mlx5_0",)), SMOLLM2)
     assert there.ladder[3].note == "torch 3, without copies between GPUs"
 

@@ -16,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from llmserve.kvstore.transfer import SAME_HOST
 from llmserve.kvstore.transfer.base import EngineOptions, Place, Region
 from llmserve.kvstore.transfer.pacing import TokenBucket
 from llmserve.workers.connector import layout
@@ -44,9 +45,9 @@ _BURST_S = 0.1
 class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vLLM is untyped
     """Hands KV pages from a prefill engine to a decode engine; see ``docs/handoff.md``.
 
-    ``kv_connector_extra_config``: ``lease_s``, ``timeout_s``, ``engine_order``, ``nixl_backend_policy``,
-    ``ucx_rdma``, ``host`` (where peers reach this end), ``model_id``, ``io_bytes_s`` (None is no bound) and
-    ``held_poll_s``, the pause between polls of an engine that only holds pages.
+    ``kv_connector_extra_config``: ``lease_s``, ``timeout_s``, ``engine_order``, ``same_host``,
+    ``nixl_backend_policy``, ``ucx_rdma``, ``host`` (where peers reach this end), ``model_id``, ``io_bytes_s`` (None
+    is no bound) and ``held_poll_s``, the pause between polls of an engine that only holds pages.
     """
 
     _cache_hit_source = CacheHitSource.P2P
@@ -183,7 +184,8 @@ class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
             nixl_backend_policy=extra["nixl_backend_policy"],
             ucx_rdma=extra["ucx_rdma"],
         )
-        return LadderOptions(tuple(extra["engine_order"]), options)
+        first = (SAME_HOST,) if extra["same_host"] else ()
+        return LadderOptions((*first, *extra["engine_order"]), options)
 
     def _bucket(self) -> TokenBucket:
         rate = self._extra.get("io_bytes_s") or math.inf

@@ -19,7 +19,7 @@ _PROBE_BYTES = {False: 8 << 20, True: 64 << 20}
 
 @dataclass(frozen=True, slots=True)
 class LadderOptions:
-    """``order`` as in ``transfer.engine_order``."""
+    """``order``: engines by name, first choice first."""
 
     order: tuple[str, ...]
     options: EngineOptions

@@ -168,6 +168,7 @@ def _kv_transfer(manifest: Manifest, role: Role, options: VllmOptions, engine_id
             "lease_s": transfer.lease_s,
             "timeout_s": transfer.timeout_s,
             "engine_order": list(transfer.engine_order),
+            "same_host": transfer.same_host,
             "nixl_backend_policy": transfer.nixl.backend_policy,
             "ucx_rdma": transfer.ucx is None or transfer.ucx.rdma,
             "host": options.host,

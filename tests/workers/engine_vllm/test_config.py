@@ -103,7 +103,7 @@ def test_roles_decide_over_the_connector(role: Role, kv_role: str | None) -> Non
 
 
 def test_failed_reads_are_recomputed_and_transfer_settings_reach_the_connector() -> None:
-    made = args(transfer={"lease_s": 7, "timeout_s": 3})["kv_transfer_config"]
+    made = args(transfer={"lease_s": 7, "timeout_s": 3, "same_host": False})["kv_transfer_config"]
     assert (made["kv_load_failure_policy"], made["engine_id"]) == ("recompute", "id-1")
     extra = made["kv_connector_extra_config"]
     assert (extra["lease_s"], extra["timeout_s"], extra["engine_order"], extra["io_bytes_s"]) == (
@@ -112,6 +112,7 @@ def test_failed_reads_are_recomputed_and_transfer_settings_reach_the_connector()
         ["nixl"],
         None,
     )
+    assert extra["same_host"] is False
 
 
 def test_an_engine_gets_its_share_of_the_io_budget_in_bytes_for_each_rank() -> None:
