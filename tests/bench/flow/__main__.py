@@ -1,0 +1,145 @@
+"""``python -m tests.bench.flow``: five policies on the same arrivals in virtual time, and the core's own rate.
+
+Adds to ``build/bench/flow.json``: ``share_error_simulated``, ``lag_over_bound`` (worst of all scenarios with it),
+``victim_p99_ratio`` (time to the end, beside a flood over alone), ``victim_p99_ttft_ratio``, ``victim_p99_wait_s``,
+``victim_alone_p99_wait_s`` (0: alone, they never wait), ``srpt_mean_wait_ratio``, ``srpt_longest_wait_s``,
+``slo_met``, ``dispatch_per_s`` and ``tenants_5000_rate_ratio``; and the whole table under ``table``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+
+from tests.bench.flow import arrivals
+from tests.bench.flow.arrivals import TRACE, Job, Scenario
+from tests.bench.flow.figures import jain, lag_over_bound, mean, percentile, share_error, times_s, ttfts_s, waits_s
+from tests.bench.flow.policies import POLICIES, Policy
+from tests.bench.flow.rate import rates
+from tests.bench.flow.simulate import Run, simulate
+from tests.processes import ROOT
+
+MOST_FOR_LAGS = 16
+"""Tenants up to which all pairs are compared."""
+COLUMNS = (
+    ("share_error", "share err", 100.0, "%"),
+    ("lag_over_bound", "lag/bound", 1.0, ""),
+    ("victim_p99_ratio", "victim p99", 1.0, "x"),
+    ("victim_p99_ttft_ratio", "its TTFT", 1.0, "x"),
+    ("victim_p99_wait_s", "its wait", 1.0, "s"),
+    ("slo_met", "SLO met", 100.0, "%"),
+    ("short_mean_s", "short mean", 1.0, "s"),
+    ("short_p99_s", "p99", 1.0, "s"),
+    ("long_mean_s", "long mean", 1.0, "s"),
+    ("long_p99_s", "p99", 1.0, "s"),
+    ("longest_s", "longest", 1.0, "s"),
+    ("jain", "Jain", 1.0, ""),
+    ("arrival_us", "arrival", 1.0, "us"),
+    ("decision_us", "decision", 1.0, "us"),
+)
+
+
+def row(run: Run, kind: type[Policy]) -> dict[str, float]:
+    scenario = run.scenario
+    short = waits_s(run, (job for job in scenario.jobs if job.cost < scenario.long_cost))
+    long = waits_s(run, (job for job in scenario.jobs if job.cost >= scenario.long_cost))
+    figures = {
+        "mean_s": mean(short + long),
+        "short_mean_s": mean(short),
+        "short_p99_s": percentile(short, 0.99),
+        "long_mean_s": mean(long),
+        "long_p99_s": percentile(long, 0.99),
+        "longest_s": max(short + long),
+        "arrival_us": run.arrival_s * 1e6,
+        "decision_us": run.decision_s * 1e6,
+    }
+    if len(run.started_s) < len(scenario.jobs):  # else all were served what they asked for
+        figures["jain"] = jain(run)
+    if scenario.backlogged:
+        figures["share_error"] = share_error(run)
+    if 1 < len(scenario.tenants) <= MOST_FOR_LAGS:
+        figures["lag_over_bound"] = lag_over_bound(run)
+    if scenario.victims:
+        alone = simulate(arrivals.flood(times=0), kind)
+        for key, times in (("victim_p99", times_s), ("victim_p99_ttft", ttfts_s)):
+            figures[f"{key}_ratio"] = victims_p99(run, times) / victims_p99(alone, times)
+        figures["victim_p99_wait_s"] = victims_p99(run, waits_s)
+        figures["victim_alone_p99_wait_s"] = victims_p99(alone, waits_s)
+    if scenario.slo:
+        bound_s = scenario.tenants[scenario.slo].ttft_slo_s or math.inf
+        mine = waits_s(run, (job for job in scenario.jobs if job.tenant == scenario.slo))
+        figures["slo_met"] = mean(float(wait_s <= bound_s) for wait_s in mine)
+    return {key: round(value, 5) for key, value in figures.items() if not math.isnan(value)}
+
+
+def victims_p99(run: Run, times: Callable[[Run, list[Job]], list[float]]) -> float:
+    return percentile(times(run, [job for job in run.scenario.jobs if job.tenant in run.scenario.victims]), 0.99)
+
+
+def show(scenario: Scenario, rows: dict[str, dict[str, float]]) -> None:
+    columns = [column for column in COLUMNS if any(column[0] in figures for figures in rows.values())]
+    print(f"\n{scenario.name}: {len(scenario.jobs)} requests, {len(scenario.tenants)} tenants")
+    print(" " * 12 + "".join(f"{title:>12}" for _, title, _, _ in columns))
+    for policy, figures in rows.items():
+        cells = (f"{figures[key] * scale:.4g} {unit}" if key in figures else "" for key, _, scale, unit in columns)
+        print(f"{policy:<12}" + "".join(f"{cell.strip():>12}" for cell in cells))
+
+
+def compare() -> dict[str, dict[str, dict[str, float]]]:
+    """Rows by scenario and policy."""
+    table = {}
+    makers = (
+        arrivals.weights,
+        arrivals.flood,
+        arrivals.bimodal,
+        arrivals.slo,
+        arrivals.many,
+        arrivals.conversation,
+    )
+    for make in makers:
+        scenario = make()
+        if scenario is None:
+            print(f"\nMooncake conversation: skipped, there is no {TRACE.name} (LLMSERVE_TRACES names its folder)")
+            continue
+        rows = {kind.name: row(simulate(scenario, kind), kind) for kind in POLICIES}
+        show(scenario, rows)
+        table[scenario.name] = rows
+    return table
+
+
+def headline(table: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
+    ours = {name: rows["ours"] for name, rows in table.items()}
+    flood = next(rows for rows in ours.values() if "victim_p99_ratio" in rows)
+    bimodal = next(rows for name, rows in table.items() if name.startswith("bimodal"))
+    few, many = rates()
+    return {
+        "share_error_simulated": next(rows["share_error"] for rows in ours.values() if "share_error" in rows),
+        "lag_over_bound": max(rows["lag_over_bound"] for rows in ours.values() if "lag_over_bound" in rows),
+        "victim_p99_ratio": flood["victim_p99_ratio"],
+        "victim_p99_ttft_ratio": flood["victim_p99_ttft_ratio"],
+        "victim_p99_wait_s": flood["victim_p99_wait_s"],
+        "victim_alone_p99_wait_s": flood["victim_alone_p99_wait_s"],
+        "srpt_mean_wait_ratio": bimodal["ours"]["mean_s"] / bimodal["FCFS"]["mean_s"],
+        "srpt_longest_wait_s": bimodal["ours"]["longest_s"],
+        "slo_met": next(rows["slo_met"] for rows in ours.values() if "slo_met" in rows),
+        "dispatch_per_s": few,
+        "tenants_5000_rate_ratio": many / few,
+    }
+
+
+def main() -> None:
+    table = compare()
+    figures = headline(table)
+    target = ROOT / "build" / "bench" / "flow.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(target.read_text()) if target.exists() else {}
+    known |= {key: round(value, 4) for key, value in figures.items()} | {"table": table}
+    target.write_text(json.dumps(known, indent=1) + "\n")
+    print()
+    for key, value in figures.items():
+        print(f"{key:<36}{value:>10.4g}")
+
+
+if __name__ == "__main__":
+    main()
