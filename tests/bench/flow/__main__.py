@@ -1,9 +1,11 @@
-"""``python -m tests.bench.flow``: five policies on the same arrivals in virtual time, and the core's own rate.
+"""``python -m tests.bench.flow``: five orders on the same arrivals in virtual time, the core's rate, the real bus.
 
 Adds to ``build/bench/flow.json``: ``share_error_simulated``, ``lag_over_bound`` (worst of all scenarios with it),
 ``victim_p99_ratio`` (time to the end, beside a flood over alone), ``victim_p99_ttft_ratio``, ``victim_p99_wait_s``,
 ``victim_alone_p99_wait_s`` (0: alone, they never wait), ``srpt_mean_wait_ratio``, ``srpt_longest_wait_s``,
-``slo_met``, ``dispatch_per_s`` and ``tenants_5000_rate_ratio``; and the whole table under ``table``.
+``slo_met``, ``dispatch_per_s`` and ``tenants_5000_rate_ratio``, the whole table under ``table``; and from the real
+router and bus ``share_error``, ``dispatch_p50_ms`` and ``dispatch_p99_ms`` (publish to worker-has-it), beside
+``stored_p50_ms`` and ``stored_p99_ms`` (publish to the server's acknowledgement).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from tests.bench.flow.arrivals import TRACE, Job, Scenario
 from tests.bench.flow.figures import jain, lag_over_bound, mean, percentile, share_error, times_s, ttfts_s, waits_s
 from tests.bench.flow.policies import POLICIES, Policy
 from tests.bench.flow.rate import rates
+from tests.bench.flow.real import measure
 from tests.bench.flow.simulate import Run, simulate
 from tests.processes import ROOT
 
@@ -130,7 +133,7 @@ def headline(table: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
 
 def main() -> None:
     table = compare()
-    figures = headline(table)
+    figures = headline(table) | measure()
     target = ROOT / "build" / "bench" / "flow.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(target.read_text()) if target.exists() else {}
