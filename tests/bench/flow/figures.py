@@ -99,9 +99,11 @@ def served_by(starts: Array, ends: Array, at: Array, rate: float) -> Array:
 
 
 def lag_over_bound(run: Run) -> float:
-    """Worst difference of service per weight in any interval in which two tenants both have requests queued, over
-    the bound of Sheng et al. (arXiv 2401.00588): twice the larger of the largest request and of all that was in flight at
-    once, per weight."""
+    """Worst difference of service per weight in any interval in which two tenants both have requests queued.
+
+    Over the bound of Sheng et al. (arXiv 2401.00588): twice the larger of the largest request and of all that was in
+    flight at once, per weight.
+    """
     scenario = run.scenario
     moments = sorted({job.arrives_s for job in scenario.jobs} | set(run.started_s.values()))
     moments = [moment for moment in moments if moment <= scenario.end_s]
