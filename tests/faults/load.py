@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 
 from tests.faults.observer import Observer
 from tests.sim_gateway import Answer, SimGateway
@@ -38,5 +37,3 @@ async def require_once(observer: Observer, gateways: set[str]) -> None:
     assert recorded == len(results)
     wanted = {item.request.request_id for item in observer.seen.values() if item.request.gateway in gateways}
     assert wanted <= results.keys()
-    attempts = Counter(item.request.request_id for item in observer.seen.values())
-    assert all(results[request_id].attempt < attempts[request_id] + 5 for request_id in wanted)
