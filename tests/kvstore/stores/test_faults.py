@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -60,7 +61,7 @@ from llmserve.kvstore.stores.filesystem import FilesystemStore
 os.rename = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
 FilesystemStore("disk", {str(tmp_path)!r})._write({PATH!r}, b"half" * 1000)
 """
-    ended = await asyncio.create_subprocess_exec("python", "-c", script)
+    ended = await asyncio.create_subprocess_exec(sys.executable, "-c", script)
     assert await ended.wait() == -9
     parts = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(parts) == 1
