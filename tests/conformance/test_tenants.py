@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -109,3 +110,20 @@ def test_an_unknown_tenant_is_one_clear_line_and_exit_code_2(sim: Stack) -> None
     assert result.returncode == 2
     assert "'nobody' is no tenant" in result.stderr
     assert result.stdout == ""
+
+
+def test_a_hangup_signal_reads_the_keys_again(sim: Stack) -> None:
+    added = llmserve("tenant", "add", "default", "-f", str(sim.manifest))
+    key = added.stdout.splitlines()[0].rsplit(maxsplit=1)[1]
+    client = openai.OpenAI(base_url=f"{sim.url}/v1", api_key=key, max_retries=0)
+    with pytest.raises(openai.AuthenticationError):
+        client.models.list()
+    sim.child.send_signal(signal.SIGHUP)
+    until = time.monotonic() + 10
+    while True:
+        try:
+            assert [model.id for model in client.models.list()] == [sim.model]
+            return
+        except openai.AuthenticationError:
+            assert time.monotonic() < until
+            time.sleep(0.1)
