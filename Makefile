@@ -43,6 +43,7 @@ bench-transfer: $(VENV)/.installed-dev
 
 bench-handoff: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.bench.handoff
+
 bench-flow: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.bench.flow
 	$(BIN)/python -m tests.bench.failover
