@@ -24,8 +24,16 @@ EXTRA ?= $(if $(wildcard /dev/nvidiactl),cuda,cpu)
 up: $(VENV)/.installed
 	$(BIN)/llmserve up -f $(MANIFEST)
 
+# Whole deployments and real engines take every core and have deadlines, so they run one at a time.
+ALONE := tests/conformance tests/e2e tests/faults tests/workers/engine_vllm
+
 test: $(VENV)/.installed-dev
+ifdef TESTS
 	$(BIN)/python -m pytest $(TESTS)
+else
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore %) tests
+	$(BIN)/python -m pytest $(ALONE)
+endif
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
