@@ -13,42 +13,18 @@ from msgspec.structs import replace
 from llmserve.bus.base import Bus, BusError, Subscription
 from llmserve.bus.cache_salt import CacheSalts
 from llmserve.bus.membership import Beater
-from llmserve.bus.messages import (
-    AnyMessage,
-    Cancel,
-    Failed,
-    Grant,
-    Heartbeat,
-    KvChange,
-    KvEvents,
-    KvResync,
-    Result,
-    Sync,
-)
-from llmserve.workers.actions import (
-    Abort,
-    Action,
-    Beat,
-    Complete,
-    Deliver,
-    Event,
-    Fetch,
-    Submit,
-    Task,
-    Tell,
-)
+from llmserve.bus.messages import AnyMessage, Cancel, Failed, Grant, Heartbeat, KvResync, Sync
+from llmserve.workers.actions import Abort, Action, Beat, Complete, Deliver, Event, Fetch, Submit, Tell
+from llmserve.workers.completions import Completions
 from llmserve.workers.engine.base import Engine, EngineDied, EngineError, EngineInfo, EngineLoad, Step
 from llmserve.workers.kv_feed import KvFeed
 from llmserve.workers.metrics import OneWorker
+from llmserve.workers.page_news import PageNews
 from llmserve.workers.rate import Rate
 from llmserve.workers.reports import Identity
 from llmserve.workers.state import WorkerState
 
 logger = logging.getLogger(__name__)
-
-
-KV_FLUSH_S = 0.02
-"""Changes of pages within so long travel together."""
 
 
 class WorkerDied(Exception):
@@ -86,10 +62,9 @@ class Worker:
         self._metrics = metrics
         self._beater = Beater(bus, self._heartbeat)
         self._subscriptions: list[Subscription] = []
-        self._feed: KvFeed
-        self._flush: asyncio.TimerHandle | None = None
+        self._pages: PageNews
+        self._completions: Completions
         self._prefill_rate = Rate()
-        self._completions: asyncio.Queue[Complete] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended = asyncio.Event()
         self._progress = asyncio.Event()
@@ -113,12 +88,13 @@ class Worker:
             salts=settings.salts,
         )
         member = self._identity.member
-        self._feed = KvFeed(member, info.fingerprint, info.page_tokens, self._identity.host)
+        feed = KvFeed(member, info.fingerprint, info.page_tokens, self._identity.host)
+        self._pages = PageNews(self._bus, feed, member, self._metrics)
+        self._completions = Completions(self._bus, self.state, self._act, self._metrics)
         for subject in (subjects.work(member), subjects.control, subjects.kv_resync(member)):
             self._subscriptions.append(await self._bus.subscribe(subject, self._on_message))
         self._bus.on_reconnect(self._on_reconnect)
-        for _ in range(settings.parallel_completions):
-            self._spawn(self._complete())
+        self._completions.start(settings.parallel_completions)
         self._beater.start()
         return info
 
@@ -165,12 +141,12 @@ class Worker:
         if self._stopped:
             return
         self._stopped = True
-        if self._flush is not None:
-            self._flush.cancel()
         self._ended.set()
         await self._beater.stop()
         if self._subscriptions:
+            self._pages.stop()
             await self._leave(cause)
+            await self._completions.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -186,7 +162,7 @@ class Worker:
         self._act(self.state.give_up(cause, time.monotonic()))
         try:
             async with asyncio.timeout(2.0):
-                await self._completions.join()
+                await self._completions.recorded()
         except TimeoutError:
             logger.warning("worker %s: results were not recorded in time", self._identity.member)
         try:
@@ -206,8 +182,7 @@ class Worker:
         elif isinstance(message, Sync):
             self._act(self.state.synced(message, now_s))
         elif isinstance(message, KvResync):
-            self._metrics.resynced()
-            self._tell_pages(self._feed.snapshot())
+            self._pages.tell_all()
 
     async def _on_reconnect(self) -> None:
         if self.alive:
@@ -220,7 +195,7 @@ class Worker:
             step = await self._engine.step()
             now_s = time.monotonic()
             if step.kv:
-                self._note_pages(step.kv)
+                self._pages.note(step.kv)
                 if step == Step(kv=step.kv):
                     continue
             self._metrics.stepped(step, now_s - last_s if busy else None, self.state.tenant_of)
@@ -228,31 +203,6 @@ class Worker:
                 self._prefill_rate.add(step.prefill_tokens, now_s - last_s)
             last_s = now_s
             self._act(self.state.stepped(step, now_s))
-
-    # -- pages -----------------------------------------------------------------------------------------------------
-
-    def _note_pages(self, changes: list[KvChange]) -> None:
-        """What the router is told waits ``KV_FLUSH_S`` for more."""
-        try:
-            self._feed.change(changes)
-        except ValueError as error:
-            self._metrics.failed("kv events")
-            logger.error("worker %s: its engine's KV events: %s", self._identity.member, error)
-        if self._flush is None and self._feed.pending and not self._stopped:
-            self._flush = asyncio.get_running_loop().call_later(KV_FLUSH_S, self._flush_pages)
-
-    def _flush_pages(self) -> None:
-        self._flush = None
-        if not self._stopped:
-            self._tell_pages(self._feed.flush())
-
-    def _tell_pages(self, messages: list[KvEvents]) -> None:
-        for message in messages:
-            try:
-                self._bus.publish(self._bus.subjects.kv_events, message)
-            except BusError as error:
-                # Its number is missing now: the router notices and asks for everything.
-                self._failed("kv events", error)
 
     # -- out -------------------------------------------------------------------------------------------------------
 
@@ -271,7 +221,7 @@ class Worker:
                 case Fetch():
                     self._spawn(self._fetch(action.grant))
                 case Complete():
-                    self._completions.put_nowait(action)
+                    self._completions.add(action)
                 case Beat():
                     self._beat(at_once=action.at_once)
         self._progress.set()
@@ -314,31 +264,12 @@ class Worker:
         else:
             self._act(self.state.fetched(grant, stored, time.monotonic()))
 
-    async def _complete(self) -> None:
-        while True:
-            action = await self._completions.get()
-            try:
-                await self._record(action.task, action.result)
-            finally:
-                self._completions.task_done()
-
-    async def _record(self, task: Task, result: Result) -> None:
-        try:
-            recorded = await self._bus.finish(task.seq, task.tenant, result)
-        except BusError as error:
-            self._failed("finish", error)
-            self._act(self.state.not_completed(task, f"its result cannot be recorded: {error}", time.monotonic()))
-            return
-        if not recorded:
-            logger.info("another completion was first", extra={"request_id": result.request_id})
-        self._act(self.state.completed(task, result.reason, time.monotonic()))
-
     def _heartbeat(self) -> Heartbeat:
         load = self._engine.load()
         self._metrics.show(self.state, load)
         return replace(
             self.state.heartbeat(load),
-            kv_seq=self._feed.seq,
+            kv_seq=self._pages.seq,
             prefill_tokens_s=self._prefill_rate.per_s,
             load_tokens_s=load.load_tokens_s,
         )

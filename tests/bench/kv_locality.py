@@ -38,7 +38,7 @@ from llmserve.gateway.channel import Arrival, Call, Channel
 from llmserve.gateway.codec import RequestCodec
 from llmserve.gateway.metrics import GatewayMetrics
 from llmserve.workers.engine.simulated import SimulatedEngine, SimulatedSettings, Timing
-from llmserve.workers.engine.simulated_batch import Limits
+from llmserve.workers.engine.simulated_sequence import Limits
 from llmserve.workers.engine.wire import API
 from llmserve.workers.metrics import WorkerMetrics
 from llmserve.workers.reports import Identity

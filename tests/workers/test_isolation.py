@@ -18,7 +18,7 @@ from llmserve.bus.flow.settings import RouterSettings
 from llmserve.bus.memory import MemoryBroker
 from llmserve.bus.messages import AnyMessage, Deltas, Finished, Heartbeat, Request, Role
 from llmserve.workers.engine.simulated import SimulatedEngine, SimulatedSettings
-from llmserve.workers.engine.simulated_batch import Limits
+from llmserve.workers.engine.simulated_sequence import Limits
 from llmserve.workers.metrics import WorkerMetrics
 from llmserve.workers.reports import Identity
 from llmserve.workers.worker import Worker, WorkerSettings

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from llmserve.bus.messages import Reason, Stage
 from llmserve.workers.engine.base import EngineError, EngineOutput, Step, Transfer, Work
 from llmserve.workers.engine.simulated import SimulatedEngine
-from llmserve.workers.engine.simulated_batch import FIRST_TOKEN_ID, TOKEN_IDS, Limits, Phase, Scheduler
+from llmserve.workers.engine.simulated_batch import Scheduler
+from llmserve.workers.engine.simulated_sequence import FIRST_TOKEN_ID, TOKEN_IDS, Limits, Phase
 from llmserve.workers.engine.wire import decode_body
 from tests.workers.world import body, expected, settings
 

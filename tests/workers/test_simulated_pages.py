@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from llmserve.bus.block_hashes import short_hashes, unpack_short
 from llmserve.bus.messages import Stage, Tier
 from llmserve.workers.engine.base import EngineOutput
-from llmserve.workers.engine.simulated_batch import Limits, Phase, Scheduler
+from llmserve.workers.engine.simulated_batch import Scheduler
 from llmserve.workers.engine.simulated_pages import PagePool
+from llmserve.workers.engine.simulated_sequence import Limits, Phase
 from llmserve.workers.engine.wire import decode_body
 from llmserve.workers.kv_feed import KvFeed
 from tests.workers.world import body, expected

@@ -26,7 +26,7 @@ from llmserve.bus.messages import (
     encode,
 )
 from llmserve.workers.engine.simulated import SimulatedEngine, SimulatedSettings, Timing
-from llmserve.workers.engine.simulated_batch import Limits, digest_of, next_token
+from llmserve.workers.engine.simulated_sequence import Limits, digest_of, next_token
 from llmserve.workers.engine.wire import API
 from llmserve.workers.metrics import WorkerMetrics
 from llmserve.workers.reports import Identity, stage_of

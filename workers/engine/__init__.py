@@ -103,7 +103,7 @@ def _block_tokens(manifest: Manifest, files: ModelFiles, on: Literal["cpu", "cud
 def _simulated(manifest: Manifest, host: str) -> Engine:
     from llmserve.manifests.schema import Simulated
     from llmserve.workers.engine.simulated import SimulatedEngine, SimulatedSettings, Timing
-    from llmserve.workers.engine.simulated_batch import Limits
+    from llmserve.workers.engine.simulated_sequence import Limits
 
     spec = manifest.spec
     if spec.models.draft is not None and spec.models.draft.enabled:

@@ -29,8 +29,9 @@ from llmserve.workers.engine.base import (
     Transfer,
     Work,
 )
-from llmserve.workers.engine.simulated_batch import Batch, Limits, Phase, Scheduler, Sequence
+from llmserve.workers.engine.simulated_batch import Scheduler
 from llmserve.workers.engine.simulated_link import PageOwner, PageReader, PeerGone
+from llmserve.workers.engine.simulated_sequence import Batch, Limits, Phase, Sequence
 from llmserve.workers.engine.wire import API, decode_body
 
 logger = logging.getLogger("llmserve.simulated")
