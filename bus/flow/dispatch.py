@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from llmserve.bus.flow.budgets import moved_bytes
 from llmserve.bus.flow.credits import WorkerState
 from llmserve.bus.flow.entry import Charge, Entry
+from llmserve.bus.flow.flows import Flow
 from llmserve.bus.flow.lanes import Lanes
 from llmserve.bus.flow.ledger import Ledger
 from llmserve.bus.flow.placement import Placement, cheapest
-from llmserve.bus.flow.queue import FairQueue, Flow
+from llmserve.bus.flow.pools import Pools
+from llmserve.bus.flow.queue import FairQueue
 from llmserve.bus.messages import Stage
 
 SCAN = 8
 """Heads that do not fit which one pass over a queue steps past."""
-LEAST_AHEAD = 4
-"""Handoffs that may always wait for a busy decode pool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,7 @@ class Dispatcher:
         self._placement = placement
         self._settings = ledger.settings
         self._rng = rng
+        self._pools = Pools(ledger)
         self._starved: Lanes | None = None
         """The lanes whose oldest head waits for a cluster-wide budget: they go first."""
         self._kv_left = math.inf
@@ -65,17 +66,17 @@ class Dispatcher:
         self._kv_left = ledger.budgets.kv_hbm_left(ledger.workers.values())
         for fingerprint, lanes in ledger.decode_queues.items():
             if lanes.size:
-                workers = self._decode_workers(fingerprint)
+                workers = self._pools.decode_workers(fingerprint)
                 self._serve(lanes, workers, workers, now_s, decisions)
         waiting = [(api, lanes) for api, lanes in ledger.first_queues.items() if lanes.size]
         if not waiting:
             return decisions
         waiting.sort(key=lambda item: item[1] is not self._starved)
         self._starved = None
-        ahead, batch_ahead = self._handoffs_ahead(), self._batch_handoffs_ahead()
+        ahead, batch_ahead = self._pools.handoffs_ahead(), self._pools.batch_handoffs_ahead()
         for api, lanes in waiting:
-            interactive = self._first_workers(api, ahead, batch=False)
-            batch = self._first_workers(api, batch_ahead, batch=True) if lanes.batch.size else []
+            interactive = self._pools.first_workers(api, ahead, batch=False)
+            batch = self._pools.first_workers(api, batch_ahead, batch=True) if lanes.batch.size else []
             if self._serve(lanes, interactive, batch, now_s, decisions):
                 self._starved = lanes
                 break
@@ -252,54 +253,3 @@ class Dispatcher:
         if entry.prompt_tokens < longest:
             return ""
         return f"the prompt has {entry.prompt_tokens} tokens, the model's context is {longest}"
-
-    def _decode_workers(self, fingerprint: str) -> list[WorkerState]:
-        return [
-            worker
-            for worker in self._ledger.workers.values()
-            if worker.stage is Stage.DECODE and worker.beat.fingerprint == fingerprint
-        ]
-
-    def _first_workers(self, api: str, ahead: dict[str, int], *, batch: bool) -> list[WorkerState]:
-        """Prefill workers only while their handoffs would find a decode worker within their lease."""
-        queues = self._ledger.decode_queues
-        workers = []
-        for worker in self._ledger.workers.values():
-            if worker.stage is Stage.DECODE or worker.beat.api != api:
-                continue
-            if worker.stage is Stage.WHOLE:
-                workers.append(worker)
-                continue
-            fingerprint = worker.beat.fingerprint
-            lanes = queues.get(fingerprint)
-            waiting = 0 if lanes is None else (lanes.batch if batch else lanes.interactive).size
-            if waiting < ahead.get(fingerprint, 0):
-                workers.append(worker)
-        return workers
-
-    def _handoffs_ahead(self) -> dict[str, int]:
-        """Handoffs that may wait for decode workers, by fingerprint: a quarter of what these run at once, so that
-        a wait is about a quarter of a request's time and far below a lease. None without a decode worker."""
-        bound = self._settings.max_decode_concurrency
-        slots = self._decode_slots(0)
-        return {
-            fingerprint: max(LEAST_AHEAD, min(number, bound or number) // 4) for fingerprint, number in slots.items()
-        }
-
-    def _batch_handoffs_ahead(self) -> dict[str, int]:
-        """The same for batch work: one while interactive handoffs wait, which it can hardly overtake."""
-        ahead = {}
-        for fingerprint, number in self._decode_slots(self._settings.min_decode_slots).items():
-            lanes = self._ledger.decode_queues.get(fingerprint)
-            contended = lanes is not None and lanes.interactive.size > 0
-            ahead[fingerprint] = min(number, 1 if contended else LEAST_AHEAD)
-        return ahead
-
-    def _decode_slots(self, spared: int) -> dict[str, int]:
-        """Slots of all decode workers by fingerprint, without ``spared`` of each worker."""
-        slots: dict[str, int] = {}
-        for worker in self._ledger.workers.values():
-            if worker.stage is Stage.DECODE and not worker.beat.draining:
-                fingerprint = worker.beat.fingerprint
-                slots[fingerprint] = slots.get(fingerprint, 0) + max(0, worker.beat.slots - spared)
-        return slots

@@ -10,8 +10,9 @@ from llmserve.bus.flow.budgets import Budgets
 from llmserve.bus.flow.costs import Costs
 from llmserve.bus.flow.credits import Stray, WorkerState
 from llmserve.bus.flow.entry import IN_ORDER, ON_WORKER, Charge, Entry, Place
+from llmserve.bus.flow.flows import Order, Share
 from llmserve.bus.flow.lanes import Lanes
-from llmserve.bus.flow.queue import FairQueue, Order, Share
+from llmserve.bus.flow.queue import FairQueue
 from llmserve.bus.flow.settings import RouterSettings
 from llmserve.bus.flow.timers import Timers
 from llmserve.bus.messages import HandedOff, Stage

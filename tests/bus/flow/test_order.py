@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmserve.bus.flow.queue import FairQueue, Order, Share
+from llmserve.bus.flow.flows import Order, Share
+from llmserve.bus.flow.queue import FairQueue
 
 HISTORIES = int(os.environ.get("LLMSERVE_FLOW_HISTORIES", "300"))
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmserve.bus.flow.queue import FairQueue, Share
+from llmserve.bus.flow.flows import Share
+from llmserve.bus.flow.queue import FairQueue
 
 
 @dataclass(eq=False)
