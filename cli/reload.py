@@ -7,24 +7,15 @@ import asyncio
 import os
 import secrets
 import sys
-from dataclasses import replace
 
 from llmserve.bus.base import BusError
-from llmserve.bus.endpoint import bus_endpoint
 from llmserve.bus.messages import AnyMessage, Heartbeat, Reload, Reloaded, Role
-from llmserve.bus.nats import connect
-from llmserve.bus.settings import BusSettings
+from llmserve.cli.deployment import LISTEN_S, add_deployment_arguments, bus_of
 from llmserve.manifests.errors import ManifestError
 from llmserve.manifests.loader import load, resolve
 from llmserve.manifests.schema import Manifest
 
-LISTEN_S = 1.3
-"""Every gateway is heard once a second."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-f", "--manifest", required=True, help="the manifest that the deployment was started with")
-    parser.add_argument("--nats", metavar="URL", help="the bus; by default the manifest's, or the embedded one")
+add_arguments = add_deployment_arguments
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -55,17 +46,12 @@ async def reloaded(manifest: Manifest, url: str | None) -> tuple[list[Reloaded],
         elif isinstance(message, Reloaded):
             answers[message.member] = message
 
-    settings = replace(BusSettings.from_manifest(manifest), publish_patience_s=3)
-    endpoint = bus_endpoint(manifest, url, os.environ)
-    bus = await connect(endpoint.url, endpoint.token, manifest.metadata.name, member="reload", settings=settings)
-    try:
+    async with bus_of(manifest, url, "reload") as bus:
         me = f"reload-{secrets.token_hex(6)}"
         await bus.subscribe(bus.subjects.heartbeats, hear)
         await bus.subscribe(bus.subjects.gateway(me), hear)
         bus.publish(bus.subjects.admin, Reload(reply_to=me))
         await asyncio.sleep(LISTEN_S)
-    finally:
-        await bus.close()
     return [answers[member] for member in sorted(answers)], sorted(gateways - set(answers))
 
 

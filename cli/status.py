@@ -6,24 +6,15 @@ import argparse
 import asyncio
 import os
 import sys
-from dataclasses import replace
 
 from llmserve.bus.base import BusError
-from llmserve.bus.endpoint import bus_endpoint
 from llmserve.bus.messages import AnyMessage, Heartbeat, Role
-from llmserve.bus.nats import connect
-from llmserve.bus.settings import BusSettings
+from llmserve.cli.deployment import LISTEN_S, add_deployment_arguments, bus_of
 from llmserve.manifests.errors import ManifestError
 from llmserve.manifests.loader import load, resolve
 from llmserve.manifests.schema import Manifest
 
-LISTEN_S = 1.3
-"""Every member is heard once a second."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-f", "--manifest", required=True, help="the manifest that the deployment was started with")
-    parser.add_argument("--nats", metavar="URL", help="the bus; by default the manifest's, or the embedded one")
+add_arguments = add_deployment_arguments
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -45,14 +36,9 @@ async def heard(manifest: Manifest, url: str | None) -> list[Heartbeat]:
         if isinstance(message, Heartbeat):
             members[message.member] = message
 
-    settings = replace(BusSettings.from_manifest(manifest), publish_patience_s=3)
-    endpoint = bus_endpoint(manifest, url, os.environ)
-    bus = await connect(endpoint.url, endpoint.token, manifest.metadata.name, member="status", settings=settings)
-    try:
+    async with bus_of(manifest, url, "status") as bus:
         await bus.subscribe(bus.subjects.heartbeats, hear)
         await asyncio.sleep(LISTEN_S)
-    finally:
-        await bus.close()
     order = list(Role)
     return sorted(members.values(), key=lambda member: (order.index(member.role), member.member))
 

@@ -41,32 +41,45 @@ def install_adjustments(app: FastAPI) -> None:
         setattr(serving, name, _adjusted(getattr(serving, name)))
 
 
-def adjust(request: Any) -> None:
-    """Change ``request`` and note its class with the caller. Raises ``VLLMValidationError``."""
+def adjust(request: Any) -> str | None:
+    """Change ``request`` and note its class with the caller; the service tier to tell, if one was asked for.
+
+    Raises ``VLLMValidationError``.
+    """
     extra = request.model_extra or {}
     if removed := [name for name in REMOVED_FIELDS if extra.get(name) is not None]:
         hint = "use structured_outputs or response_format"
         raise VLLMValidationError(f"{', '.join(removed)} is not supported: {hint}", parameter=removed[0])
-    _choose_class(extra.get("service_tier", getattr(request, "service_tier", None)))
+    tier = _choose_class(extra.get("service_tier", getattr(request, "service_tier", None)))
     if _is_forced(getattr(request, "tool_choice", None)):
         _pin_arguments(request.tools or ())
+    if "service_tier" not in request.model_fields_set:
+        return None
+    if "service_tier" in type(request).model_fields:
+        request.service_tier = tier  # vLLM tells what it was asked for
+    return tier
 
 
 def _adjusted(create: Create) -> Create:
     @functools.wraps(create)
     async def adjusted(request: Any, *arguments: Any, **options: Any) -> Any:
-        adjust(request)
-        return await create(request, *arguments, **options)
+        tier = adjust(request)
+        made = await create(request, *arguments, **options)
+        if tier is not None and hasattr(made, "service_tier"):
+            made.service_tier = tier
+        return made
 
     return adjusted
 
 
-def _choose_class(tier: object) -> None:
+def _choose_class(tier: object) -> str:
+    """Note the class with the caller; as which tier, of OpenAI's, the request is served."""
     if tier is not None and tier not in TIERS:
         raise VLLMValidationError(f"service_tier must be one of {', '.join(TIERS)}", parameter="service_tier")
     caller = current_caller.get()
     if caller is not None and tier in BATCH_TIERS:
         caller.klass = BATCH
+    return "flex" if tier in BATCH_TIERS or (caller is not None and caller.klass == BATCH) else "default"
 
 
 def _is_forced(tool_choice: Any) -> bool:

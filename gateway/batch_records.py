@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from enum import StrEnum
+from typing import Generic, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -14,6 +15,9 @@ ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 MAX_LINES = 50_000
 MAX_ERRORS = 100
 """Errors of a file's validation that are told."""
+
+Body = TypeVar("Body")
+"""Of a response: ``msgspec.Raw`` where it is only passed on."""
 
 
 class FileObject(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,10 +100,10 @@ class Line(msgspec.Struct, frozen=True):
     body: msgspec.Raw
 
 
-class LineResponse(msgspec.Struct, frozen=True):
+class LineResponse(msgspec.Struct, Generic[Body], frozen=True):
     status_code: int
     request_id: str
-    body: msgspec.Raw
+    body: Body
 
 
 class LineError(msgspec.Struct, frozen=True):
@@ -107,12 +111,12 @@ class LineError(msgspec.Struct, frozen=True):
     message: str
 
 
-class LineResult(msgspec.Struct, frozen=True):
-    """One line of an output or error file."""
+class LineResult(msgspec.Struct, Generic[Body], frozen=True):
+    """One line of an output or error file, or what a direct publisher gets."""
 
     id: str
     custom_id: str | None
-    response: LineResponse | None = None
+    response: LineResponse[Body] | None = None
     error: LineError | None = None
 
     @property

@@ -136,15 +136,15 @@ class BatchStore:
 
     # -- results of lines --------------------------------------------------------------------------------------------
 
-    async def add_line(self, tenant: str, batch_id: str, number: int, result: LineResult) -> bool:
+    async def add_line(self, tenant: str, batch_id: str, number: int, result: LineResult[msgspec.Raw]) -> bool:
         """Keep the result of a line unless there is one; whether it is ours that stands."""
         subject = self._subjects.line(tenant, batch_id, number)
         return await self._create(self._subjects.line_stream, subject, msgspec.json.encode(result))
 
-    async def line(self, tenant: str, batch_id: str, number: int) -> LineResult | None:
+    async def line(self, tenant: str, batch_id: str, number: int) -> LineResult[msgspec.Raw] | None:
         subject = self._subjects.line(tenant, batch_id, number)
         found = await self._api.get_last(self._subjects.line_stream, subject)
-        return None if found is None else msgspec.json.decode(found.data, type=LineResult)
+        return None if found is None else msgspec.json.decode(found.data, type=LineResult[msgspec.Raw])
 
     async def lines_done(self, tenant: str, batch_id: str) -> set[int]:
         subjects = await self._api.subjects(self._subjects.line_stream, self._subjects.lines(tenant, batch_id))

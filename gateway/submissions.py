@@ -19,7 +19,7 @@ from llmserve.bus.connection import Connection
 from llmserve.bus.jetstream import JetStream
 from llmserve.bus.subjects import Subjects
 from llmserve.bus.work import ACK_WAIT_S, Job, WorkTaker
-from llmserve.gateway.batch_records import ENDPOINTS
+from llmserve.gateway.batch_records import ENDPOINTS, LineError, LineResponse, LineResult
 from llmserve.gateway.batch_store import BatchStore
 from llmserve.gateway.executor import Executor, Outcome, new_request_id
 
@@ -36,26 +36,6 @@ class Submission(msgspec.Struct, frozen=True):
     url: str = "/v1/chat/completions"
     method: str = "POST"
     custom_id: str | None = None
-
-
-class SubmissionResponse(msgspec.Struct, frozen=True):
-    status_code: int
-    request_id: str
-    body: object
-
-
-class SubmissionError(msgspec.Struct, frozen=True):
-    code: str
-    message: str
-
-
-class SubmissionResult(msgspec.Struct, frozen=True):
-    """What a publisher gets; the fields of a batch's output line."""
-
-    id: str
-    custom_id: str | None
-    response: SubmissionResponse | None = None
-    error: SubmissionError | None = None
 
 
 class Submissions:
@@ -134,27 +114,27 @@ class Submissions:
             result = await self._result(tenant, message_id, job.data, packed=packed)
             data = msgspec.msgpack.encode(result) if packed else msgspec.json.encode(result)
             if len(data) > RESULT_MAX_BYTES:
-                error = SubmissionError("result_too_large", f"The result has {len(data)} bytes")
-                result = SubmissionResult(message_id, result.custom_id, error=error)
+                error = LineError("result_too_large", f"The result has {len(data)} bytes")
+                result = LineResult(message_id, result.custom_id, error=error)
                 data = msgspec.msgpack.encode(result) if packed else msgspec.json.encode(result)
             await self._store.add_published(tenant, message_id, data)
         await job.done()
 
-    async def _result(self, tenant: str, message_id: str, data: bytes, *, packed: bool) -> SubmissionResult:
+    async def _result(self, tenant: str, message_id: str, data: bytes, *, packed: bool) -> LineResult[object]:
         decode = msgspec.msgpack.decode if packed else msgspec.json.decode
         try:
             submission = decode(data, type=Submission)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            return SubmissionResult(message_id, None, error=SubmissionError("invalid_request", str(error)))
+            return LineResult(message_id, None, error=LineError("invalid_request", str(error)))
         if submission.method != "POST" or submission.url not in ENDPOINTS:
             text = f"{submission.method} {submission.url}: must be POST and one of {', '.join(ENDPOINTS)}"
-            return SubmissionResult(message_id, submission.custom_id, error=SubmissionError("invalid_url", text))
+            return LineResult(message_id, submission.custom_id, error=LineError("invalid_url", text))
         request_id = new_request_id()
         body = msgspec.json.encode(submission.body)
         outcome: Outcome = await self._executor.run(tenant, submission.url, body, request_id)
         answer = msgspec.json.decode(outcome.body)
-        response = SubmissionResponse(outcome.status, request_id, answer)
-        return SubmissionResult(message_id, submission.custom_id, response)
+        response = LineResponse(outcome.status, request_id, answer)
+        return LineResult(message_id, submission.custom_id, response)
 
 
 def is_msgpack(data: bytes, content_type: str) -> bool:

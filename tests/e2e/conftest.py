@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import openai
 import pytest
 
 from tests.bench.path import vllm_server
@@ -20,6 +21,11 @@ def pd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     stack = Stack(manifest_with("local.yaml", folder, changes), folder / "up.log")
     with running(stack):
         yield stack.ready()
+
+
+@pytest.fixture(scope="session")
+def client(pd: Stack) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{pd.url}/v1", api_key="none", timeout=120, max_retries=0)
 
 
 @pytest.fixture(scope="package")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from tests.processes import BIN, Process, Stack, answers, free_port, manifest_with, running, wait_for
+from tests.processes import Stack
 
 pytestmark = pytest.mark.vllm
 
@@ -28,11 +27,6 @@ NAMED: Any = {"type": "function", "function": {"name": "get_weather"}}
 ASK: Any = [{"role": "user", "content": "What is the weather in Paris? Use the tool."}]
 CALL = r'<tool_call>\n\{"name": "get_weather", "arguments": \{"city": "[A-Z][a-z]{2,6}"\}\}\n</tool_call>'
 """Brings a model of this size to call a tool of its own accord."""
-
-
-@pytest.fixture(scope="module")
-def client(pd: Stack) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{pd.url}/v1", api_key="none", timeout=120, max_retries=0)
 
 
 def arguments_of(call: Any) -> dict[str, str]:
@@ -161,66 +155,6 @@ def test_a_json_object_is_one(client: openai.OpenAI, pd: Stack) -> None:
         assert isinstance(json.loads(text), dict)
 
 
-# -- sampling -------------------------------------------------------------------------------------------------------
-
-
-def test_a_bias_decides_the_token_and_min_tokens_the_length(client: openai.OpenAI, pd: Stack) -> None:
-    answer = client.completions.create(
-        model=pd.model, prompt="Hi", max_tokens=3, logit_bias={"1000": 100}, logprobs=0
-    )
-    tokens = answer.choices[0].logprobs
-    assert tokens is not None
-    assert len(set(tokens.tokens or [])) == 1
-    question: Any = [{"role": "user", "content": "What is 2+2? One word."}]
-    asked: dict[str, Any] = {"model": pd.model, "messages": question, "temperature": 0, "max_tokens": 40}
-    least = client.chat.completions.create(**asked, extra_body={"min_tokens": 30}).usage
-    assert least is not None
-    assert least.completion_tokens >= 30
-
-
-def test_logprobs_of_the_prompt_are_those_of_generating_it(client: openai.OpenAI, pd: Stack) -> None:
-    """They travel as tensors beside the first output; the prompt's last token was sampled a moment before."""
-    prompt = "The capital of France is"
-    made = client.completions.create(model=pd.model, prompt=prompt, max_tokens=1, temperature=0, logprobs=0).choices[
-        0
-    ]
-    assert made.logprobs is not None
-    assert made.logprobs.token_logprobs is not None
-    read = client.completions.create(
-        model=pd.model, prompt=prompt + made.text, max_tokens=1, temperature=0, echo=True, logprobs=0
-    ).choices[0]
-    assert read.text.startswith(prompt + made.text)
-    assert read.logprobs is not None
-    assert read.logprobs.token_logprobs is not None
-    assert read.logprobs.token_logprobs[0] is None
-    assert read.logprobs.token_logprobs[-2] == pytest.approx(made.logprobs.token_logprobs[0], abs=0.1)
-
-
-def test_prompt_logprobs_have_an_entry_for_each_token(client: openai.OpenAI, pd: Stack) -> None:
-    answer = client.completions.create(
-        model=pd.model, prompt=[1000, 2000, 3000, 4000], max_tokens=2, extra_body={"prompt_logprobs": 1}
-    )
-    entries = answer.choices[0].model_dump()["prompt_logprobs"]
-    assert entries[0] is None
-    assert [token in entry for token, entry in zip(["2000", "3000", "4000"], entries[1:], strict=True)] == [True] * 3
-
-
-# -- the cache ------------------------------------------------------------------------------------------------------
-
-
-def test_usage_tells_cached_tokens_and_a_salt_divides_the_cache(client: openai.OpenAI, pd: Stack) -> None:
-    prompt = [3000 + 7 * index % 4000 for index in range(400)]
-
-    def cached(**extra: str) -> int:
-        usage = client.completions.create(model=pd.model, prompt=prompt, max_tokens=2, extra_body=extra).usage
-        assert usage is not None
-        assert usage.prompt_tokens_details is not None
-        return usage.prompt_tokens_details.cached_tokens or 0
-
-    assert (cached(), cached() > 0) == (0, True)
-    assert (cached(cache_salt="mine"), cached(cache_salt="mine") > 0) == (0, True)
-
-
 # -- the rest -------------------------------------------------------------------------------------------------------
 
 
@@ -245,9 +179,29 @@ def test_responses_stream_every_event_in_order(client: openai.OpenAI, pd: Stack)
     assert [event.sequence_number for event in events] == list(range(len(events)))
 
 
+def test_responses_stream_the_arguments_of_a_call(client: openai.OpenAI, pd: Stack) -> None:
+    tool: Any = {"type": "function", "name": "get_weather", "parameters": SCHEMA}
+    events = list(
+        client.responses.create(
+            model=pd.model,
+            input="Weather in Paris?",
+            tools=[tool],
+            tool_choice="required",
+            temperature=0,
+            max_output_tokens=60,
+            stream=True,
+        )
+    )
+    pieces = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    (whole,) = [event.arguments for event in events if event.type == "response.function_call_arguments.done"]
+    assert len(pieces) > 1
+    assert "".join(pieces) == whole
+    assert list(json.loads(whole)) == ["city"]
+
+
 def test_batch_class_work_is_done_when_there_is_room(client: openai.OpenAI, pd: Stack) -> None:
     answer = client.chat.completions.create(model=pd.model, messages=ASK, max_tokens=2, service_tier="flex")
-    assert answer.choices[0].finish_reason == "length"
+    assert (answer.choices[0].finish_reason, answer.service_tier) == ("length", "flex")
 
 
 def test_tokens_are_made_and_unmade(pd: Stack) -> None:
@@ -261,48 +215,3 @@ def test_tokens_are_made_and_unmade(pd: Stack) -> None:
 def test_embeddings_are_refused_by_name(client: openai.OpenAI, pd: Stack) -> None:
     with pytest.raises(openai.NotFoundError, match="does not support embeddings"):
         client.embeddings.create(model=pd.model, input="x")
-
-
-# -- reasoning: a second gateway on the same bus ---------------------------------------------------------------------
-
-
-THOUGHTS = "Here is my thought process: [a-z ]{4,12} Here is my response: [A-Z][a-z]{3,8}"
-"""In the words of Granite, whose parser needs no tokens of its own."""
-
-
-@pytest.fixture(scope="module")
-def reasoning(pd: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    folder = tmp_path_factory.mktemp("reasoning")
-    state = str(pd.manifest.parent / "state")
-    port = free_port()
-    changes = {"gateway.reasoning_parser": "granite", "gateway.port": port, "bus.state_dir": state}
-    command = [str(BIN / "llmserve-gateway"), "--manifest", str(manifest_with("local.yaml", folder, changes))]
-    process = Process("gateway", command, folder / "gateway.log")
-    with running(process):
-        url = f"http://127.0.0.1:{port}"
-        process.wait_for_line("serving on", 120)
-        wait_for(lambda: answers(f"{url}/health/ready"), 20, "the second gateway to be ready")
-        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_reasoning_is_told_from_the_answer(reasoning: openai.OpenAI, pd: Stack, stream: bool) -> None:
-    asked: dict[str, Any] = {
-        "model": pd.model,
-        "messages": ASK,
-        "temperature": 0,
-        "max_tokens": 40,
-        "extra_body": {"structured_outputs": {"regex": THOUGHTS}},
-    }
-    if stream:
-        deltas = [
-            chunk.choices[0].delta.model_dump() for chunk in reasoning.chat.completions.create(**asked, stream=True)
-        ]
-        thought = "".join(delta.get("reasoning") or "" for delta in deltas)
-        said = "".join(delta.get("content") or "" for delta in deltas)
-    else:
-        message = reasoning.chat.completions.create(**asked).choices[0].message.model_dump()
-        thought, said = message["reasoning"], message["content"]
-    # Streaming, Granite's parser lets the first word of the mark through.
-    assert re.fullmatch("[a-z ]{4,12}( ?Here)?", thought.strip()), (thought, said)
-    assert re.fullmatch("[A-Z][a-z]{3,8}", said.strip()), (thought, said)

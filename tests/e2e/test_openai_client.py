@@ -14,11 +14,6 @@ pytestmark = pytest.mark.vllm
 LONG = "You are terse. " * 60
 
 
-@pytest.fixture(scope="module")
-def client(pd: Stack) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{pd.url}/v1", api_key="none", timeout=120, max_retries=0)
-
-
 def question(text: str) -> list[openai.types.chat.ChatCompletionMessageParam]:
     return [{"role": "system", "content": LONG}, {"role": "user", "content": text}]
 

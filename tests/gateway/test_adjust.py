@@ -54,6 +54,19 @@ async def test_the_service_tier_decides_the_class(world: World, url: str, stream
     assert [stored.klass for stored in world.bus.accepted] == list(wanted.values())
 
 
+@pytest.mark.parametrize("url", ROUTES)
+async def test_an_answer_tells_the_tier_that_it_was_served_as(world: World, url: str) -> None:
+    world.yields(TEXT)
+    told = {"flex": "flex", "auto": "default", "default": "default", "priority": "default"}
+    if url != "/v1/responses":  # where OpenAI's own words are the only ones
+        told["batch"] = "flex"
+    for asked, said in told.items():
+        response = await world.client.post(url, json={**ROUTES[url], "service_tier": asked})
+        assert (response.status_code, response.json().get("service_tier")) == (200, said), asked
+    unasked = (await world.client.post(url, json=ROUTES[url])).json()["service_tier"]
+    assert unasked == ("auto" if url == "/v1/responses" else None)
+
+
 async def test_responses_have_service_tiers_too(world: World) -> None:
     world.yields(TEXT)
     response = await world.client.post("/v1/responses", json={"model": "smol", "input": "x", "service_tier": "flex"})

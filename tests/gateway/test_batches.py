@@ -9,9 +9,12 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from msgspec.structs import replace
 
 from llmserve.bus.server import EmbeddedServer
-from llmserve.gateway import batch_runner
+from llmserve.gateway import batch_lease, batch_run, batch_runner
+from llmserve.gateway.batch_records import Status
+from llmserve.gateway.batch_store import BatchStore, new_batch
 from tests.gateway.batching import Model, begin, ended, gateway, jsonl, request, results
 
 
@@ -164,8 +167,48 @@ async def test_what_is_not_done_when_the_window_ends_expires(
         assert errors[-1]["error"]["code"] == "batch_expired"  # type: ignore[index]
 
 
+async def test_files_of_an_expired_batch_are_whole_if_their_gateway_died_while_it_wrote_them(
+    server: EmbeddedServer,
+) -> None:
+    async with gateway(server, "g", Model()) as gw:
+        client = gw.client("k-acme")
+        file = await client.files.create(file=("in.jsonl", jsonl([request("a", "x")])), purpose="batch")
+        batch = new_batch(file.id, "/v1/chat/completions", "24h", None)
+        store = BatchStore(gw.bus.jetstream, gw.bus.subjects)
+        await store.add_batch("acme", replace(batch, status=Status.FINALIZING))
+        done = await ended(client, batch.id)
+        assert done.status == "expired"
+        (error,) = await results(client, done.error_file_id)
+        assert (error["custom_id"], error["error"]["code"]) == ("a", "batch_expired")  # type: ignore[index]
+
+
+async def test_two_batches_run_at_once_and_each_has_its_own_lines_and_errors(server: EmbeddedServer) -> None:
+    model = Model()
+    model.delay_s = 0.05
+    async with gateway(server, "g", model) as gw:
+        client = gw.client("k-acme")
+        names = ("a", "b")
+        begun = [
+            await begin(
+                client, jsonl([request(f"{name}{i}", name, model="m" if i % 4 else "other") for i in range(40)])
+            )
+            for name in names
+        ]
+        done = await asyncio.gather(*(ended(client, batch.id) for batch in begun))
+        for name, batch in zip(names, done, strict=True):
+            counts = batch.request_counts
+            assert counts is not None
+            assert (batch.status, counts.total, counts.completed, counts.failed) == ("completed", 40, 30, 10)
+            output, errors = await results(client, batch.output_file_id), await results(client, batch.error_file_id)
+            assert [line["custom_id"] for line in output] == [f"{name}{i}" for i in range(40) if i % 4]
+            assert [line["custom_id"] for line in errors] == [f"{name}{i}" for i in range(0, 40, 4)]
+        # Neither waited for the other.
+        asked = "".join(prompt for _, _, prompt in model.answered)
+        assert asked.index("b") < asked.rindex("a")
+
+
 async def test_progress_is_told_while_a_batch_runs(server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_runner, "LOOK_S", 0.1)
+    monkeypatch.setattr(batch_run, "TELL_S", 0.1)
     model = Model()
     model.delay_s = 0.1
     async with gateway(server, "g", model) as gw:
@@ -184,8 +227,8 @@ async def test_progress_is_told_while_a_batch_runs(server: EmbeddedServer, monke
 async def test_another_gateway_goes_on_with_a_batch_and_no_line_has_two_results(
     server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, killed: bool
 ) -> None:
-    monkeypatch.setattr(batch_runner, "LOST_AFTER_S", 1.0)
-    monkeypatch.setattr(batch_runner, "RENEW_S", 0.2)
+    monkeypatch.setattr(batch_lease, "LOST_AFTER_S", 1.0)
+    monkeypatch.setattr(batch_lease, "RENEW_S", 0.2)
     monkeypatch.setattr(batch_runner, "LOOK_S", 0.2)
     model = Model()
     model.delay_s = 0.05
