@@ -8,9 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
 
 from llmserve.bus.base import Bus, BusError, BusUnavailable, QueueFull, Subscription
 from llmserve.bus.messages import (
@@ -20,61 +18,20 @@ from llmserve.bus.messages import (
     Delta,
     Deltas,
     Ping,
-    Reason,
     Rejected,
     Request,
 )
 from llmserve.gateway.attempts import Action, Attempts, Deliver, Discard, Fail, Submit, Withdraw
 from llmserve.gateway.block_size import BlockSize
+from llmserve.gateway.call import Arrival, Call
 from llmserve.gateway.codec import RequestCodec
-from llmserve.gateway.metrics import GatewayMetrics, TenantMetrics
+from llmserve.gateway.metrics import GatewayMetrics
+from llmserve.gateway.watch import Watch
 
 log = logging.getLogger(__name__)
 
-_SWEEP_S = 1.0
-_PROBES_A_SWEEP = 200
 _RETRY_S = 0.5
 """Between attempts to store a resubmission."""
-
-
-@dataclass(slots=True, eq=False)
-class Call:
-    """One open request."""
-
-    local_id: str
-    """The caller's name for it."""
-    tenant: str
-    klass: str
-    codec: RequestCodec
-    attempts: Attempts
-    metrics: TenantMetrics
-    received_s: float
-    """Monotonic time at which the client's request came in, for the time to the first token."""
-    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    created_s: float = field(default_factory=time.time)
-    progress_s: float = field(default_factory=time.monotonic)
-    """Monotonic time of the last token, or of the start."""
-    first_token_s: float | None = None
-    deaths: int = 0
-    """Workers that died while they ran it, as the router counts."""
-    probed_s: float = 0.0
-    """Monotonic time of the last look for it on the stream."""
-    probing: bool = False
-    on_end: Callable[[int], None] | None = None
-    """Called once, with the output tokens received, however the request ends."""
-    missing_since_s: float | None = None
-    """Monotonic time since which the stream is known not to hold the request any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """Part of a delta that is new."""
-
-    local_id: str
-    delta: Delta
-    skip: int
-    """Tokens of ``delta`` that are known already."""
-    reason: Reason | None
 
 
 class Channel:
@@ -98,28 +55,25 @@ class Channel:
         self._metrics = metrics
         self._on_arrivals = on_arrivals
         self._on_failure = on_failure
-        self._deadline_s = deadline_s
-        self._probe_after_s = probe_after_s
         self.block_size = BlockSize()
         """Hears the heartbeats that its owner passes on."""
         self._epoch = 0
         """Of the newest router that was heard: what one before it still says is not to be believed."""
         self._calls: dict[str, Call] = {}
         self._by_local_id: dict[str, Call] = {}
+        self._watch = Watch(bus, self._calls, self._carry_out, deadline_s, probe_after_s)
         self._tasks: set[asyncio.Task[None]] = set()
         self._subscription: Subscription | None = None
 
     async def start(self) -> None:
         """Listen for tokens and watch deadlines."""
         self._subscription = await self._bus.subscribe(self._bus.subjects.gateway(self._member_id), self._hear)
-        self._spawn(self._sweep_forever())
+        self._watch.start()
 
     async def stop(self) -> None:
         """Cancel what is open and stop listening."""
         self.cancel(list(self._by_local_id))
-        for task in list(self._tasks):
-            if task.get_name() == "gateway-sweep":
-                task.cancel()
+        self._watch.stop()
         _, pending = await asyncio.wait(self._tasks, timeout=2.0) if self._tasks else (set(), set())
         for task in pending:
             task.cancel()
@@ -325,45 +279,6 @@ class Channel:
         except BusError as error:
             # The router drops it: a higher attempt supersedes it, or its gateway has cancelled it.
             log.warning("request %d stays on the stream: %s", seq, error)
-
-    async def _sweep_forever(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        task.set_name("gateway-sweep")
-        while True:
-            await asyncio.sleep(min(_SWEEP_S, self._deadline_s / 4))
-            self._sweep(time.monotonic())
-
-    def _sweep(self, now: float) -> None:
-        probes = _PROBES_A_SWEEP
-        for call in list(self._calls.values()):
-            idle_s = now - call.progress_s
-            if idle_s > self._deadline_s:
-                self._carry_out(call, call.attempts.expired(self._deadline_s), now)
-            elif call.missing_since_s is not None:
-                if now - call.missing_since_s >= _SWEEP_S / 2 and call.progress_s < call.missing_since_s:
-                    cause = "it is off the stream and its last tokens never came"
-                    self._carry_out(call, call.attempts.lost(call.attempts.attempt, cause), now)
-            elif call.attempts.seq is not None and probes and self._is_probe_due(call, idle_s, now):
-                probes -= 1
-                call.probing, call.probed_s = True, now
-                self._spawn(self._probe(call, call.attempts.seq))
-
-    def _is_probe_due(self, call: Call, idle_s: float, now: float) -> bool:
-        """Ever less often the longer nothing comes: thousands may wait in a queue for minutes."""
-        if call.probing or idle_s <= self._probe_after_s:
-            return False
-        return now - call.probed_s >= max(self._probe_after_s, idle_s / 2)
-
-    async def _probe(self, call: Call, seq: int) -> None:
-        """Deltas travel at most once: if the last one was lost, only the stream tells that the request is over."""
-        try:
-            if await self._bus.fetch(seq) is None and seq == call.attempts.seq:
-                call.missing_since_s = time.monotonic()
-        except BusError as error:
-            log.warning("cannot look request %d up: %s", seq, error)
-        finally:
-            call.probing = False
 
     def _forget(self, call: Call) -> None:
         self._by_local_id.pop(call.local_id, None)

@@ -16,10 +16,11 @@ from vllm.v1.serial_utils import MsgpackEncoder
 from llmserve.bus.base import Bus, BusUnavailable, QueueFull
 from llmserve.bus.cache_salt import CacheSalts, request_salt
 from llmserve.gateway.attempts import Fail
+from llmserve.gateway.call import Arrival, Call
 from llmserve.gateway.caller import Caller, Failure, current_caller
-from llmserve.gateway.channel import Arrival, Call, Channel
+from llmserve.gateway.channel import Channel
 from llmserve.gateway.codec import Refusal
-from llmserve.gateway.fast_lane import current_stream
+from llmserve.gateway.generation import current_stream
 from llmserve.gateway.limits import LimitExceeded, Reservation
 from llmserve.gateway.metrics import GatewayMetrics
 from llmserve.gateway.vllm_codec import VllmOutputs, VllmRequestCodec, refuse_unsupported

@@ -14,9 +14,9 @@ from starlette.types import ASGIApp, Message
 
 from llmserve.gateway.caller import BATCH, Caller, Failure, current_caller
 from llmserve.gateway.errors import error_body
+from llmserve.gateway.exchange import Exchange
 from llmserve.gateway.limits import TenantLimiter
 from llmserve.gateway.metrics import GatewayMetrics
-from llmserve.gateway.middleware import Exchange
 from llmserve.manifests.schema import Limits
 
 _PASSING = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from llmserve.gateway.fast_lane import FastStream
+from llmserve.gateway.generation import FastStream
 from llmserve.gateway.inline import INLINE_BYTES, small_request
 from llmserve.gateway.presence import Presence
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from llmserve.gateway.engine_client import BusEngineClient
-    from llmserve.gateway.fast_lane import BusLLM
+    from llmserve.gateway.generation import BusLLM
 
 _DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -98,7 +98,7 @@ def _config(args: Namespace) -> VllmConfig:
 
 
 def _engine(config: VllmConfig, client: BusEngineClient) -> BusLLM:
-    from llmserve.gateway.fast_lane import BusLLM
+    from llmserve.gateway.generation import BusLLM
 
     with _engine_core_client(client):
         engine = BusLLM(config, executor_class=None, log_stats=False, log_requests=False)

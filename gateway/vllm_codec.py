@@ -11,7 +11,7 @@ from llmserve.bus.block_hashes import short_hashes
 from llmserve.bus.frames import pack, unpack
 from llmserve.bus.messages import Reason
 from llmserve.gateway.attempts import Mode
-from llmserve.gateway.channel import Arrival
+from llmserve.gateway.call import Arrival
 from llmserve.gateway.codec import Refusal, RequestCodec
 
 if TYPE_CHECKING:

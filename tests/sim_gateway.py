@@ -15,7 +15,8 @@ from llmserve.bus.base import Bus, BusError
 from llmserve.bus.membership import Beater
 from llmserve.bus.messages import Heartbeat, Reason, Role
 from llmserve.gateway.attempts import Fail, Mode
-from llmserve.gateway.channel import Arrival, Call, Channel
+from llmserve.gateway.call import Arrival, Call
+from llmserve.gateway.channel import Channel
 from llmserve.gateway.codec import RequestCodec
 from llmserve.gateway.metrics import GatewayMetrics
 from llmserve.workers.engine.wire import API

@@ -34,7 +34,8 @@ from llmserve.bus.flow.settings import RouterSettings
 from llmserve.bus.memory import MemoryBroker
 from llmserve.bus.messages import Heartbeat, Role
 from llmserve.gateway.attempts import Fail, Mode
-from llmserve.gateway.channel import Arrival, Call, Channel
+from llmserve.gateway.call import Arrival, Call
+from llmserve.gateway.channel import Channel
 from llmserve.gateway.codec import RequestCodec
 from llmserve.gateway.metrics import GatewayMetrics
 from llmserve.workers.engine.simulated import SimulatedEngine, SimulatedSettings, Timing

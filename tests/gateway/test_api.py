@@ -190,7 +190,7 @@ async def test_repeated_and_stale_deltas_change_nothing(world: World) -> None:
 
 async def test_a_request_whose_last_tokens_never_came_is_resumed(world: World) -> None:
     channel = world.gateway.channel
-    channel._probe_after_s, patience_s = 0.2, channel._probe_after_s
+    channel._watch._probe_after_s, patience_s = 0.2, channel._watch._probe_after_s
     try:
         script = world.yields(TEXT, stop_after=4)
         asking = asyncio.create_task(world.client.post("/v1/chat/completions", json=CHAT))
@@ -199,7 +199,7 @@ async def test_a_request_whose_last_tokens_never_came_is_resumed(world: World) -
         await world.bus.discard(world.bus.accepted[0].seq)
         assert (await asking).json()["choices"][0]["message"]["content"] == TEXT
     finally:
-        channel._probe_after_s = patience_s
+        channel._watch._probe_after_s = patience_s
 
 
 async def test_tokenize_and_detokenize_are_inverse(world: World) -> None:
