@@ -12,7 +12,8 @@ from llmserve.manifests.errors import dotted
 from llmserve.manifests.loader import ManifestError, load, missing_variables
 from llmserve.manifests.machine import probe_machine
 from llmserve.manifests.models import ModelError, ModelShape, hub_folder, model_shape, resolve_model
-from llmserve.manifests.plan import Plan, RolePlan, make_plan
+from llmserve.manifests.plan import Plan, make_plan
+from llmserve.manifests.roles import RolePlan
 from llmserve.manifests.schema import Manifest
 from llmserve.manifests.sizes import GB
 from llmserve.manifests.support import unsupported

@@ -8,7 +8,7 @@ from typing import Literal
 from llmserve.bus.messages import Role
 from llmserve.manifests.machine import probe_machine
 from llmserve.manifests.models import ModelError, ModelFiles, ModelShape, hub_folder, model_shape, resolve_model
-from llmserve.manifests.plan import NO_PIPELINE_ON_CPUS
+from llmserve.manifests.plan_warnings import NO_PIPELINE_ON_CPUS
 from llmserve.manifests.schema import Manifest
 from llmserve.manifests.sizes import (
     block_size,
