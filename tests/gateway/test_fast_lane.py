@@ -85,11 +85,11 @@ async def both(world: World, url: str, body: dict[str, Any], monkeypatch: pytest
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Lanes that took a stream off vLLM's hands."""
-    from llmserve.gateway import fast_lane
+    from llmserve.gateway import fast_lane, generation
 
     names: list[str] = []
 
-    class Noted(fast_lane.FastStream):
+    class Noted(generation.FastStream):
         def __init__(self, *arguments: Any) -> None:
             names.append("fast")
             super().__init__(*arguments)
