@@ -16,13 +16,12 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from llmserve.bus.base import BusError
 from llmserve.bus.statedir import Endpoint, StateDir
-from llmserve.bus.tenants import with_tenants
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +59,7 @@ class EmbeddedServer:
         *,
         sync: Literal["interval", "always"] = "interval",
         ready_timeout_s: float = 30.0,
-        deployment: str = "",
-        tenants: Iterable[str] = (),
     ) -> None:
-        """``tenants`` of ``deployment`` may be given users later, while the server runs."""
-        self._deployment = deployment
-        self._tenants = tuple(tenants)
         self._state = StateDir(state_dir)
         self._sync = sync
         self._ready_timeout_s = ready_timeout_s
@@ -179,9 +173,6 @@ class EmbeddedServer:
         if threading.current_thread() is not threading.main_thread():
             raise ServerError("the embedded server must be started from the main thread")
         self._state.clear_ports_files()
-        if self._tenants:
-            accounts = with_tenants(self._state.accounts(), self._deployment, self._tenants)
-            self._state.write_accounts(accounts)
         self._state.write_accounts_config(self._known_endpoint())
         self._state.write_config(self._config())
         with self._state.open_log() as log:

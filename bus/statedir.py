@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import time
+import urllib.request
 from pathlib import Path
 from typing import IO
 
@@ -19,6 +20,7 @@ from llmserve.bus.tenants import USER, TenantAccount, accounts_config, read_acco
 
 _LOG_MAX_BYTES = 16 << 20
 _LOCK_PATIENCE_S = 2.0
+_RELOAD_PATIENCE_S = 2.0
 
 
 class StateInUse(BusError):
@@ -116,7 +118,10 @@ class StateDir:
         self._write_private(self.accounts_config, accounts_config(endpoint.token, self.accounts()).encode())
 
     def reconfigure(self) -> bool:
-        """Have a server that runs here, of whatever process, read its accounts again; False if none runs."""
+        """Have a server that runs here, of whatever process, read its accounts again; False if none runs.
+
+        Twice, since the imports of an account that is new to the server are connected at the second reading.
+        """
         endpoint = self.read_endpoint()
         if endpoint is None:
             return False
@@ -127,9 +132,19 @@ class StateDir:
             # A server that was killed leaves its file, and its number to others.
             with contextlib.suppress(psutil.NoSuchProcess, ValueError):
                 if psutil.Process(int(pid)).name() == "nats-server":
-                    os.kill(int(pid), signal.SIGHUP)
+                    self._reload(int(pid))
+                    self._reload(int(pid))
                     told = True
         return told
+
+    def _reload(self, pid: int) -> None:
+        """Returns when the server has read its configuration, or after a while if it does not say so."""
+        monitor = self.monitor_url(pid)
+        before = _config_loaded(monitor)
+        os.kill(pid, signal.SIGHUP)
+        until = time.monotonic() + _RELOAD_PATIENCE_S
+        while _config_loaded(monitor) == before and time.monotonic() < until:
+            time.sleep(0.01)
 
     def write_config(self, text: str) -> None:
         self._write_private(self.config, text.encode())
@@ -168,6 +183,15 @@ class StateDir:
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(data)
         temporary.replace(path)
+
+
+def _config_loaded(monitor_url: str | None) -> str:
+    """When the server last read its configuration, in its own words; nothing if it does not answer."""
+    try:
+        with urllib.request.urlopen(f"{monitor_url}/varz", timeout=1) as response:
+            return str(json.load(response).get("config_load_time"))
+    except (OSError, ValueError):
+        return ""
 
 
 def read_endpoint(state_dir: Path) -> Endpoint | None:

@@ -59,18 +59,6 @@ def with_key(accounts: Iterable[TenantAccount], deployment: str, tenant: str, pu
     return list(known.values())
 
 
-def with_tenants(accounts: Iterable[TenantAccount], deployment: str, tenants: Iterable[str]) -> list[TenantAccount]:
-    """``accounts`` and those of the ``tenants``, without a key if they are new.
-
-    A server that reads its configuration again takes new users, but does not connect new accounts: so every tenant's
-    account is there from the server's start on.
-    """
-    known = {(account.deployment, account.tenant): account for account in accounts}
-    for tenant in tenants:
-        known.setdefault((deployment, tenant), TenantAccount(deployment, tenant, ()))
-    return list(known.values())
-
-
 def accounts_config(password: str | None, accounts: Iterable[TenantAccount]) -> str:
     """The ``accounts`` section of a nats-server's configuration; without a password it is ``$NATS_TOKEN``."""
     quoted = "$NATS_TOKEN" if password is None else json.dumps(password)

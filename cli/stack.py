@@ -148,8 +148,6 @@ class Stack:
             server = EmbeddedServer(
                 state_dir(self.manifest, os.environ),
                 sync=self.manifest.spec.bus.sync,
-                deployment=self.manifest.metadata.name,
-                tenants=sorted(self.manifest.spec.scheduling.fair_share.tenants),
             )
             server.start()
         self._closing.callback(server.stop)

@@ -34,14 +34,14 @@ def run(arguments: argparse.Namespace) -> int:
         seed, public = new_seed()
         print(f"NATS seed       {seed}")
         print(f"NATS public key {public}")
+        state = StateDir(state_dir(manifest, os.environ))
+        state.write_accounts(with_key(state.accounts(), manifest.metadata.name, arguments.tenant, public))
         if manifest.spec.bus.url is None:
-            state = StateDir(state_dir(manifest, os.environ))
-            state.write_accounts(with_key(state.accounts(), manifest.metadata.name, arguments.tenant, public))
             told = state.reconfigure()
             _note("the embedded server knows it " + ("now" if told else "from its next start on"))
         else:
-            _note("put this into the configuration of the nats-server, beside the accounts of other tenants:")
-            print(accounts_config(None, with_key([], manifest.metadata.name, arguments.tenant, public)), end="")
+            _note("the nats-server's accounts, of every tenant added here; reload it twice (docs/batch.md):")
+            print(accounts_config(None, state.accounts()), end="")
     except (ManifestError, BusError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterable
 
@@ -29,12 +30,13 @@ class BatchService:
         self, manifest: Manifest, bus: NatsBus, member_id: str, app: FastAPI, access: Access, metrics: GatewayMetrics
     ) -> None:
         self._bus = bus
-        self._tenants = sorted(manifest.spec.scheduling.fair_share.tenants)
+        self._tenants = _tenants(manifest)
         concurrency = manifest.spec.gateway.batch.concurrency
         store = BatchStore(bus.jetstream, bus.subjects)
         executor = Executor(app, access.may_use_model, access.limits.of, metrics)
         self._runner = BatchRunner(store, executor, member_id, metrics, concurrency)
         self._submissions = Submissions(bus.connection, bus.jetstream, bus.subjects, store, executor, concurrency)
+        self._changing: asyncio.Task[None] | None = None
         install_batch_routes(app, store, self._runner)
 
     async def start(self) -> None:
@@ -47,8 +49,22 @@ class BatchService:
 
     async def stop(self) -> None:
         """Leave what runs to other gateways."""
+        if self._changing is not None:
+            self._changing.cancel()
         await self._runner.stop()
         await self._submissions.stop()
+
+    def change(self, manifest: Manifest) -> None:
+        """Take the requests of tenants that are new in ``manifest`` as well."""
+        self._tenants = _tenants(manifest)
+        self._changing = asyncio.create_task(self._take_new())
+
+    async def _take_new(self) -> None:
+        await self._ensure_again()
+        try:
+            await self._submissions.start(self._tenants)
+        except BusError as error:
+            log.error("new tenants cannot publish before the next reload: %s", error)
 
     async def _ensure(self, tenants: Iterable[str]) -> None:
         settings = self._bus.connection.settings
@@ -59,3 +75,7 @@ class BatchService:
             await self._ensure(self._tenants)
         except BusError as error:
             log.error("the streams for batches are not there: %s", error)
+
+
+def _tenants(manifest: Manifest) -> list[str]:
+    return sorted(manifest.spec.scheduling.fair_share.tenants)

@@ -193,6 +193,8 @@ class Gateway:
         if self._tls is not None:
             self._tls.refresh()
         self._access.change(manifest)
+        if self._batches is not None:
+            self._batches.change(manifest)
 
     def reload(self) -> None:
         """Read the manifest again; errors are logged and change nothing."""

@@ -66,7 +66,11 @@ class Submissions:
                 stream = self._subjects.submit_stream(tenant)
                 taker = WorkTaker(self._connection, self._api, stream, self._concurrency, self._handler(tenant))
                 self._takers[tenant] = taker
-                await taker.start()
+                try:
+                    await taker.start()
+                except BaseException:
+                    del self._takers[tenant]  # for the next call
+                    raise
 
     async def stop(self) -> None:
         """Give back what runs."""

@@ -35,7 +35,7 @@ def state(tmp_path: Path) -> StateDir:
 
 @pytest.fixture
 def server(state: StateDir) -> Iterator[EmbeddedServer]:
-    server = EmbeddedServer(state.root, deployment="d", tenants=["acme", "zeta"])
+    server = EmbeddedServer(state.root)
     server.start()
     yield server
     server.stop()
