@@ -10,7 +10,6 @@ import msgspec
 from llmserve.kvstore.codec import DiskType
 from llmserve.kvstore.stores.base import PageStore
 from llmserve.kvstore.stores.filesystem import FilesystemStore
-from llmserve.kvstore.stores.s3 import S3Store
 from llmserve.manifests.schema import StorageClass
 
 
@@ -50,6 +49,9 @@ def _store(storage: StorageClass, threads: int) -> PageStore:
             direct=storage.gds and direct_works(storage),
             threads=threads,
         )
+    # Its libraries take half a second to import, and disks need none of them.
+    from llmserve.kvstore.stores.s3 import S3Store
+
     assert storage.bucket is not None
     return S3Store(
         storage.name,

@@ -1,8 +1,8 @@
 """The secondary tier that vLLM's offloading connector loads: ``PageTier``. It hands jobs to ``kvstore.tiers``.
 
 Its methods run in the scheduler's thread and only pass things on: a thread with an event loop reads and writes, two
-small pools encode and decode. What is to be written leaves DRAM encoded, within bounds; then the chunk is free again
-and the write goes on behind.
+pools encode and decode. What is to be written leaves DRAM encoded, within bounds; then the chunk is free again and
+the write goes on behind.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,10 @@ from llmserve.kvstore.quantize import Bytes
 from llmserve.kvstore.tiers import Tiers, TierStats
 from llmserve.kvstore.transfer.pacing import TokenBucket
 from llmserve.workers.offload.known import KnownPages, NamedPage
+from llmserve.workers.offload.loop import LoopThread
 from llmserve.workers.offload.params import NOBODY, kept_tokens, space_of_request
 from llmserve.workers.offload.settings import from_builtins, make_stores, meeting_place
+from llmserve.workers.offload.writing import Outgoing, WriteBehind
 
 if TYPE_CHECKING:
     from vllm.v1.kv_offload.base import OffloadingSpec, OffloadKey, ReqContext, ScheduleEndContext
@@ -45,13 +47,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.llmserve.tiers")
 
-_BACKLOG_BYTES = 256 * 2**20
-"""To be written at most; what is more is not kept."""
+_WAITING_BYTES = 256 * 2**20
+"""Encoded and not written yet, at most."""
+_BACKLOG = 0.25
+"""Part of DRAM that may wait to be written; what is more is not kept."""
 _PROBE_S = 1.0
-_PARALLEL = 4
 _FLUSH_S = 0.1
 _BURST_S = 0.1
-_CLOSE_S = 5.0
 STATS = "llmserve_tier"
 """First part of the tier's names in the connector's statistics."""
 
@@ -81,14 +83,18 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
         self._finished: queue.SimpleQueue[JobResult] = queue.SimpleQueue()
         self._jobs = 0
         self._none_left = threading.Condition()
-        self._backlog_bytes = 0
+        self._backlog = max(1, int(len(self._rows) * _BACKLOG))
+        self._behind = 0
+        """Pages that are being written."""
         self._stats = OffloadingConnectorStats()
-        self._loading = ThreadPoolExecutor(2, thread_name_prefix="kv-load")
-        self._storing = ThreadPoolExecutor(1, thread_name_prefix="kv-store", initializer=_yield_to_the_engine)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="kv-tiers", daemon=True)
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._open: Tiers | None = None
+        cores = len(os.sched_getaffinity(0))
+        self._parallel = max(4, cores)
+        self._loading = ThreadPoolExecutor(max(2, cores // 2), thread_name_prefix="kv-load")
+        self._storing = ThreadPoolExecutor(
+            max(1, cores // 8), thread_name_prefix="kv-store", initializer=_yield_to_the_engine
+        )
+        self._thread = LoopThread("kv-tiers")
+        self._open: tuple[Tiers, WriteBehind] | None = None
         self._notifier: Notifier | None = None
 
     def open(self, fingerprint: str, kind: PageKind) -> None:
@@ -100,17 +106,24 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
         bucket = TokenBucket(rate, max(rate * _BURST_S, 1.0), time.monotonic())
         self._notifier = notifier = Notifier(socket_path(meeting_place(classes)))
         codec = Codec(kind, self._settings.disk, self._encryption_key)
-        self._open = Tiers(
-            make_stores(classes), codec, self._loading, storing=self._storing, bucket=bucket, notify=notifier.add
+        tiers = Tiers(
+            make_stores(classes, threads=self._parallel),
+            codec,
+            self._loading,
+            storing=self._storing,
+            bucket=bucket,
+            notify=notifier.add,
         )
+        self._open = tiers, WriteBehind(tiers, _WAITING_BYTES, self._parallel)
         self._thread.start()
+        self._thread.every(_FLUSH_S, self._flush)
         self._fingerprint = fingerprint
         logger.info("pages of kind %s, %d bytes, kept as %s in %s", fingerprint, kind.page_bytes, codec.disk, classes)
 
     @property
     def _tiers(self) -> Tiers:
         assert self._open is not None
-        return self._open
+        return self._open[0]
 
     # -- lookups ------------------------------------------------------------------------------------------------
 
@@ -129,7 +142,7 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         for pages in self._known.questions():
-            self._start(self._probe(pages))
+            self._thread.begin(self._probe(pages))
         self._drain()
 
     async def _probe(self, pages: Sequence[NamedPage]) -> None:
@@ -167,54 +180,48 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
         if space == NOBODY or not self._fingerprint or not items:
             self._finish(JobResult(job.job_id, True))
             return
-        size_bytes = len(items) * self._block_size_bytes
-        if self._backlog_bytes + size_bytes > _BACKLOG_BYTES:
-            self._loop.call_soon_threadsafe(self._tiers.drop, len(items))
-            self._finish(JobResult(job.job_id, True))
-            return
-        self._backlog_bytes += size_bytes
+        # The first pages of a prefix are worth more than its last ones.
+        room = max(0, self._backlog - self._behind)
+        if dropped := len(items[room:]):
+            self._thread.call(self._tiers.drop, dropped)
+        items = items[:room]
+        self._behind += len(items)
         parents = _parents(job.req_context, [key for (_, key), _ in items])
-        self._start(self._store(job.job_id, items, parents, size_bytes))
+        outgoing = [Outgoing(self._key(page), parents.get(page[1], b""), self._row(chunk)) for page, chunk in items]
+        self._thread.begin(self._store(job.job_id, [page for page, _ in items], outgoing))
 
-    async def _store(
-        self, job_id: int, items: list[tuple[NamedPage, int]], parents: dict[bytes, bytes], size_bytes: int
-    ) -> None:
+    async def _store(self, job_id: int, pages: list[NamedPage], outgoing: list[Outgoing]) -> None:
+        begun_s = time.monotonic()
+
+        def encoded(moved: int) -> None:
+            # The chunks are free again; the rest is behind the engine's back.
+            self._finish(JobResult(job_id, True, None, time.monotonic() - begun_s, moved))
+
+        kept: list[bool] = []
         try:
-            begun_s = time.monotonic()
-            encoded: list[tuple[NamedPage, bytes]] = []
-            try:
-                for page, chunk in items:
-                    key = self._key(page)
-                    if await self._tiers.has(key):
-                        self._news.put(lambda page=page: self._known.add(page))  # type: ignore[misc]
-                        continue
-                    parent = parents.get(page[1], b"")
-                    encoded.append((page, await self._tiers.encoded(key, self._row(chunk), parent)))
-            finally:
-                # The chunks are free again; the rest is behind the engine's back.
-                moved = sum(len(data) for _, data in encoded)
-                self._finish(JobResult(job_id, True, None, time.monotonic() - begun_s, moved))
-            for page, data in encoded:
-                if await self._tiers.write(self._key(page), data, parent=parents.get(page[1], b"")):
-                    self._news.put(lambda page=page: self._known.add(page))  # type: ignore[misc]
+            assert self._open is not None
+            kept = await self._open[1].keep(outgoing, encoded)
         except Exception:
             logger.exception("cannot keep pages")
         finally:
-            self._news.put(lambda: self._written(size_bytes))
+            there = [page for page, done in zip(pages, kept, strict=False) if done]
+            self._news.put(lambda: self._written(len(pages), there))
 
-    def _written(self, size_bytes: int) -> None:
-        self._backlog_bytes -= size_bytes
+    def _written(self, count: int, there: list[NamedPage]) -> None:
+        self._behind -= count
+        for page in there:
+            self._known.add(page)
 
     def submit_load(self, job_metadata: TransferJob) -> None:
         job = job_metadata
         self._jobs += 1
         space = space_of_request(job.req_context.kv_transfer_params)
         items = [(key, int(chunk)) for key, chunk in zip(job.keys, job.chunk_ids, strict=True)]
-        self._start(self._load(job.job_id, space, items))
+        self._thread.begin(self._load(job.job_id, space, items))
 
     async def _load(self, job_id: int, space: str, items: list[tuple[OffloadKey, int]]) -> None:
         begun_s = time.monotonic()
-        slots = asyncio.Semaphore(_PARALLEL)
+        slots = asyncio.Semaphore(self._parallel)
 
         async def one(key: OffloadKey, chunk: int) -> bool:
             async with slots:
@@ -266,52 +273,22 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
                     self._stats.increase_counter(f"{STATS}:{what}:{name}", value)
 
     def shutdown(self) -> None:
-        if self._thread.is_alive():
-            closing = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
-            try:
-                closing.result(_CLOSE_S)
-            except Exception:
-                logger.exception("the tiers did not close in time")
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(_CLOSE_S)
+        self._thread.stop(self._close)
         self._loading.shutdown(wait=True, cancel_futures=True)
         self._storing.shutdown(wait=True, cancel_futures=True)
         # vLLM unmaps the chunks next.
         self._rows = None
 
     async def _close(self) -> None:
-        if self._tasks:
-            # What is encoded is still written, if it can be at once.
-            _, late = await asyncio.wait(set(self._tasks), timeout=_CLOSE_S / 2)
-            for task in late:
-                task.cancel()
         await self._tiers.close()
         if self._notifier is not None:
             self._notifier.close()
 
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        flushing = self._loop.create_task(self._flush())
-        self._loop.run_forever()
-        flushing.cancel()
-        self._loop.run_until_complete(asyncio.gather(flushing, return_exceptions=True))
-        self._loop.close()
-
-    async def _flush(self) -> None:
-        while True:
-            await asyncio.sleep(_FLUSH_S)
-            if self._notifier is not None:
-                self._notifier.flush()
-            taken = self._tiers.take_stats()
-            self._news.put(lambda taken=taken: self._count(taken))  # type: ignore[misc]
-
-    def _start(self, job: Coroutine[Any, Any, None]) -> None:
-        self._loop.call_soon_threadsafe(self._begin, job)
-
-    def _begin(self, job: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(job)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _flush(self) -> None:
+        if self._notifier is not None:
+            self._notifier.flush()
+        taken = self._tiers.take_stats()
+        self._news.put(lambda: self._count(taken))
 
 
 def _parents(context: ReqContext, keys: Collection[bytes]) -> dict[bytes, bytes]:

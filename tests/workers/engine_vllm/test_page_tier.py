@@ -175,18 +175,18 @@ def test_a_bucket_that_is_out_of_reach_blocks_no_step(url: str, monkeypatch: pyt
         made.tier.shutdown()
 
 
-def test_what_a_slow_class_cannot_take_is_dropped_and_counted(
+def test_the_end_of_what_is_too_much_at_once_is_dropped_and_counted(
     disk: StorageClass, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llmserve.workers.offload import tier as module
 
-    monkeypatch.setattr(module, "_BACKLOG_BYTES", 4 * ROW)
+    monkeypatch.setattr(module, "_BACKLOG", 4 / ROWS)
     made = Tier(disk).open()
     try:
-        made.tier.submit_store(made.job(list(range(8)), list(range(8)), context()))
-        assert made.result().success
-        counted = until(lambda: _count(made, "dropped"))
-        assert counted == 8
+        assert made.store(list(range(8))).success
+        assert until(lambda: _count(made, "dropped")) == 4
+        # The beginning of the prefix is what was kept.
+        assert [made.lookup(number) for number in (0, 3, 4)] == ["HIT", "HIT", "MISS"]
     finally:
         made.tier.shutdown()
 
