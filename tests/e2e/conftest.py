@@ -11,6 +11,9 @@ from tests.bench.path import vllm_server
 from tests.processes import Stack, manifest_with, running
 
 SMALL = {"engine.kv_space_gb": 0.5}
+EXACT = {**SMALL, "kv_cache.prefix_caching": False, "models.primary.dtype": "fp32"}
+"""Without prefix caching, so that every page is computed once and moved once; in fp32, whose greedy output does not
+depend on which requests share a batch."""
 
 
 @pytest.fixture(scope="session")
@@ -30,11 +33,9 @@ def client(pd: Stack) -> openai.OpenAI:
 
 @pytest.fixture(scope="package")
 def exact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """The same without prefix caching, so that every page is computed once and moved once; in fp32, whose greedy
-    output does not depend on which requests share a batch."""
+    """``pd`` as ``EXACT`` has it, without a parser."""
     folder = tmp_path_factory.mktemp("exact")
-    changes = {**SMALL, "kv_cache.prefix_caching": False, "models.primary.dtype": "fp32"}
-    stack = Stack(manifest_with("local.yaml", folder, changes), folder / "up.log")
+    stack = Stack(manifest_with("local.yaml", folder, EXACT), folder / "up.log")
     with running(stack):
         yield stack.ready()
 
