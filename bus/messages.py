@@ -263,6 +263,8 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     """Engines that move its pages, and why others do not: for people."""
     page_bytes: int = 0
     """Size of one page over all ranks."""
+    cache: str = ""
+    """What it knows of pages, keeps, or has found: for people."""
 
 
 # -- where KV pages are -------------------------------------------------------------------------------------------

@@ -68,4 +68,5 @@ def table(members: list[Heartbeat]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += [f"{member.member}: pages move by {member.transports}" for member in members if member.transports]
+    lines += [f"{member.member}: {member.cache}" for member in members if member.cache]
     return "\n".join(lines)

@@ -30,6 +30,9 @@ logger = logging.getLogger("vllm.llmserve.tiers")
 
 T = TypeVar("T")
 
+LOOK_S = 1.0
+"""For a class to say which pages of a prefix it has: a request waits for it."""
+
 
 @dataclass(slots=True)
 class TierStats:
@@ -102,7 +105,16 @@ class Tiers:
         return bool(self._classes) and await self._contains(self._classes[0], [key.path]) == 1
 
     async def _contains(self, tier: _Class, paths: Sequence[str]) -> int:
-        return await self._guarded(tier, tier.reads, lambda: tier.store.contains(paths)) or 0
+        async def call() -> int:
+            try:
+                async with asyncio.timeout(LOOK_S):
+                    return await tier.store.contains(paths)
+            except TimeoutError as error:
+                raise StoreError(
+                    f"{tier.store.name}: no answer within {LOOK_S:g} s which of {len(paths)} pages it has"
+                ) from error
+
+        return await self._guarded(tier, tier.reads, call) or 0
 
     async def load(self, key: PageKey, page: Bytes) -> bool:
         """Fill ``page``; False if no class has it whole, and then ``page`` may hold anything."""

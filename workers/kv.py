@@ -72,6 +72,7 @@ class KvService:
             leaving=leaving,
             metrics_port=self._metrics_port,
             kv_seq=self._pages.kv_seq if self._pages is not None else 0,
+            cache=self._pages.summary() if self._pages is not None else "",
         )
 
     async def run(self) -> None:

@@ -303,6 +303,15 @@ class PageKeeper:
         while not self._bucket.take(size_bytes, time.monotonic()):
             await asyncio.sleep(self._bucket.wait_s(time.monotonic()) + 1e-4)
 
+    def summary(self) -> str:
+        """The classes and their sizes, for people."""
+        said = []
+        for number, kept in enumerate(self._classes):
+            pages = self._manager.pages(number)
+            out = ", out of use" if kept.breaker.is_open else ""
+            said.append(f"{kept.store.name}: {len(pages)} pages, {pages.total_bytes / 1e6:.1f} MB{out}")
+        return "; ".join(said)
+
     def _show(self) -> None:
         for number, kept in enumerate(self._classes):
             pages = self._manager.pages(number)

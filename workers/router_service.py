@@ -198,6 +198,7 @@ class RouterService:
             pid=os.getpid(),
             epoch=self._router.epoch if self._router is not None else 0,
             leaving=leaving,
+            cache=self._router.core.locality.summary() if self._router is not None else "",
         )
 
     def _say_goodbye(self) -> None:

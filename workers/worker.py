@@ -15,6 +15,7 @@ from llmserve.bus.cache_salt import CacheSalts
 from llmserve.bus.membership import Beater
 from llmserve.bus.messages import AnyMessage, Cancel, Failed, Grant, Heartbeat, KvResync, Sync
 from llmserve.workers.actions import Abort, Action, Beat, Complete, Deliver, Event, Fetch, Submit, Tell
+from llmserve.workers.cache_use import CacheUse
 from llmserve.workers.completions import Completions
 from llmserve.workers.engine.base import Engine, EngineDied, EngineError, EngineInfo, EngineLoad, Step
 from llmserve.workers.kv_feed import KvFeed
@@ -65,6 +66,7 @@ class Worker:
         self._pages: PageNews
         self._completions: Completions
         self._prefill_rate = Rate()
+        self._cache_use = CacheUse(identity.role)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended = asyncio.Event()
         self._progress = asyncio.Event()
@@ -198,6 +200,7 @@ class Worker:
                 self._pages.note(step.kv)
                 if step == Step(kv=step.kv):
                     continue
+            self._cache_use.saw(step)
             self._metrics.stepped(step, now_s - last_s if busy else None, self.state.tenant_of)
             if busy and step.prefill_tokens:
                 self._prefill_rate.add(step.prefill_tokens, now_s - last_s)
@@ -272,6 +275,7 @@ class Worker:
             kv_seq=self._pages.seq,
             prefill_tokens_s=self._prefill_rate.per_s,
             load_tokens_s=load.load_tokens_s,
+            cache=str(self._cache_use),
         )
 
     def _spawn(self, call: Coroutine[None, None, None]) -> None:

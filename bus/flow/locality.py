@@ -180,6 +180,16 @@ class Locality:
             self.stats.reused_tokens[tier] += tokens
         self.stats.computed_tokens += prompt_tokens - cached_tokens
 
+    def summary(self) -> str:
+        """What is known and what came of it, for people."""
+        stats = self.stats
+        prompts = stats.hits + stats.misses
+        return (
+            f"{len(self.index)} blocks known{_by_tier(self.index.sizes())}; "
+            f"{stats.hits} of {prompts} prompts placed at pages of theirs, "
+            f"{sum(stats.reused_tokens.values())} tokens{_by_tier(stats.reused_tokens)}"
+        )
+
     def _runs(self, prefix: Prefix) -> tuple[Run, ...]:
         if prefix.version != self.index.version:
             prefix.runs = self.index.runs(unpack_short(prefix.data))
@@ -205,6 +215,11 @@ def _behind(coming: int, blocks: dict[Tier, int]) -> dict[Tier, int]:
         if tier is not Tier.GPU and count > taken:
             found[tier] = count - taken
     return found
+
+
+def _by_tier(numbers: dict[Tier, int]) -> str:
+    said = ", ".join(f"{number} {tier.value}" for tier, number in numbers.items() if number)
+    return f" ({said})" if said else ""
 
 
 def load_cost(tier: Tier, beat: Heartbeat) -> float:

@@ -10,7 +10,7 @@ from llmserve.bus.flow.actions import SendGrant
 from llmserve.bus.flow.core import RouterCore
 from llmserve.bus.flow.lanes import Lanes
 from llmserve.bus.flow.locality import Locality
-from llmserve.bus.messages import Stage
+from llmserve.bus.messages import Stage, Tier
 
 DISPATCH_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -59,6 +59,12 @@ class FlowMetrics:
         self._index_blocks = Gauge(
             "llmserve_prefix_index_blocks", "Pages whose whereabouts the router knows", registry=registry
         )
+        self._held_blocks = Gauge(
+            "llmserve_prefix_held_blocks",
+            "Pages in the tier as the router knows, once for each member that holds it",
+            ("tier",),
+            registry=registry,
+        )
         self._index_forgotten = Counter(
             "llmserve_prefix_index_forgotten", "Pages dropped from the index for want of room", registry=registry
         )
@@ -98,6 +104,9 @@ class FlowMetrics:
     def _update_locality(self, locality: Locality) -> None:
         stats, index = locality.stats, locality.index
         self._index_blocks.set(len(index))
+        sizes = index.sizes()
+        for tier in Tier:
+            self._held_blocks.labels(tier.value).set(sizes.get(tier, 0))
         self._advance(self._index_forgotten, ("index", "forgotten"), index.forgotten)
         for result, number in (("hit", stats.hits), ("miss", stats.misses)):
             self._advance(self._prefix_grants.labels(result), ("prefix", result), number)

@@ -85,6 +85,13 @@ class PrefixIndex:
         holder = self._holders.get(source)
         return len(holder.hashes) if holder is not None else 0
 
+    def sizes(self) -> dict[Tier, int]:
+        """Blocks by tier, each counted once for every holder."""
+        sizes: dict[Tier, int] = {}
+        for source, holder in self._holders.items():
+            sizes[source.tier] = sizes.get(source.tier, 0) + len(holder.hashes)
+        return sizes
+
     def sources(self, member: str) -> list[Source]:
         """All that is known to be held by ``member``."""
         return [source for source in self._holders if source.member == member]

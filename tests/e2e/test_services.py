@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 
 import aiohttp
 import httpx
 import pytest
 
 from tests.bench.load import Stream, prompt_bodies, stream
+from tests.e2e.conftest import LEASE_S
 from tests.processes import BIN, Process, answers, free_port, metrics, total, wait_for
 from tests.services import Services
 
-LEASE_S = 10.0
 STREAMS = 24
 TOKENS = 100
 ROLES = ["gateway", "router", "prefill", "decode", "kv"]
-
-
-@pytest.fixture(scope="module")
-def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    services = Services(
-        tmp_path_factory.mktemp("services"),
-        changes={"engine.kv_space_gb": 0.5, "transfer.lease_s": LEASE_S, "transfer.same_host": False},
-    )
-    try:
-        services.start_all(ROLES)
-        services.ready()
-        yield services
-    finally:
-        services.end()
 
 
 def complete(services: Services, prompt_tokens: int = 300, **fields: object) -> httpx.Response:

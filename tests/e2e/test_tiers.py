@@ -1,45 +1,126 @@
-"""``llmserve up`` with a storage class: a prompt that an earlier stack has served is loaded, not computed."""
+"""Pages that outlive the worker that computed them: kept, told to the router, found from there, loaded."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+import subprocess
+from dataclasses import dataclass
+from typing import Any
 
-from openai import OpenAI
+import httpx
+import pytest
 
-from tests.processes import Stack, manifest_with, metrics, running, total, wait_for
+from tests.processes import BIN, Stack, metrics, total, wait_for
+from tests.services import Services
 
-WORDS = " ".join(f"Sentence {number} says little about tiers of memory." for number in range(60))
+pytestmark = pytest.mark.vllm
 
-
-def answer(stack: Stack) -> tuple[str, int]:
-    """(text, prompt tokens that were not computed)."""
-    client = OpenAI(base_url=f"{stack.url}/v1", api_key="none")
-    done = client.completions.create(model=stack.model, prompt=WORDS, max_tokens=8, temperature=0)
-    details = done.usage.prompt_tokens_details if done.usage else None
-    return done.choices[0].text, (details.cached_tokens or 0) if details else 0
-
-
-def pages_known(stack: Stack) -> float:
-    """To the kv role inside the stack."""
-    return total(metrics(stack.metrics_url), "llmserve_storage_pages", tier="disk")
+PAGE_TOKENS = 128
+PAGES = 5
+PROMPT = [2000 + number for number in range(PAGES * PAGE_TOKENS + 40)]
+REUSED = PAGES * PAGE_TOKENS
 
 
-def test_a_stack_that_is_started_again_loads_what_the_last_one_computed(tmp_path: Path) -> None:
-    pages = tmp_path / "pages"
-    changes = {
-        "storageClasses": [{"name": "disk", "type": "filesystem", "path": str(pages)}],
-        "kv_cache": {"disk_dtype": "zstd", "dram_gb": 0.25},
-    }
-    texts: list[str] = []
-    for start in range(2):
-        manifest = manifest_with("local.yaml", tmp_path, changes)
-        with running(Stack(manifest, tmp_path / f"up{start}.log")) as stack:
-            assert isinstance(stack, Stack)
-            stack.ready()
-            text, cached = answer(stack)
-            texts.append(text)
-            assert (cached > 500) == (start == 1), cached
-            wait_for(lambda: len(list(pages.rglob("*.kv"))) >= 4, 20, "pages are kept")
-            wait_for(lambda stack=stack: pages_known(stack) >= 4, 20, "the kv role knows them")  # type: ignore[misc]
-            assert stack.stop() == 0
-    assert texts[0] == texts[1]
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    cached_tokens: int
+
+
+def ask(url: str, model: str, prompt: list[int], headers: dict[str, str] | None = None) -> Answer:
+    body = {"model": model, "prompt": prompt, "max_tokens": 8, "temperature": 0}
+    answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
+    assert answer.status_code == 200, answer.text
+    said: dict[str, Any] = answer.json()
+    return Answer(
+        said["choices"][0]["text"], (said["usage"]["prompt_tokens_details"] or {}).get("cached_tokens") or 0
+    )
+
+
+def served(services: Services) -> Answer:
+    return ask(services.url, services.model, PROMPT, services.headers)
+
+
+def figure(services: Services, part: str, name: str, **labels: str) -> float:
+    return total(metrics(services.metrics_url(part)), name, **labels)
+
+
+def known(services: Services, tier: str) -> float:
+    """Pages in a tier, to the router."""
+    return figure(services, "router", "llmserve_prefix_held_blocks", tier=tier)
+
+
+def expected(services: Services, source: str) -> float:
+    """Tokens that the router has found in its index when it placed prompts, by where they were."""
+    return figure(services, "router", "llmserve_prefix_tokens_total", source=source)
+
+
+def status(services: Services) -> str:
+    command = [str(BIN / "llmserve"), "status", "-f", str(services.manifest), "--nats", services.nats_url]
+    env = {**os.environ, **services.variables}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def test_a_prompt_is_found_in_its_workers_memory_and_once_that_is_gone_on_disk(services: Services) -> None:
+    before = {tier: known(services, tier) for tier in ("gpu", "dram", "nvme")}
+    written = figure(services, "prefill", "llmserve_tier_stores_total", tier="disk")
+    first = served(services)
+    assert first.cached_tokens == 0
+
+    def grown(tier: str) -> bool:
+        return known(services, tier) >= before[tier] + PAGES
+
+    # The worker has no request now, and tells of what it goes on with all the same.
+    wait_for(
+        lambda: figure(services, "prefill", "llmserve_tier_stores_total", tier="disk") >= written + PAGES,
+        20,
+        "writes",
+    )
+    for tier in before:
+        wait_for(lambda tier=tier: grown(tier), 20, f"the router knows of the pages in {tier}")  # type: ignore[misc]
+
+    # The engine runs in a thread of its worker: the gateway's names for the blocks are the engine's.
+    found = expected(services, "gpu")
+    assert served(services) == Answer(first.text, REUSED)
+    assert expected(services, "gpu") == found + REUSED
+
+    # Nobody is left who has seen the prompt.
+    on_disk = known(services, "nvme")
+    for name in ("prefill", "kv", "router"):
+        services.processes[name].kill()
+    for name in ("router", "kv", "prefill"):
+        services.start(name)
+    services.processes["prefill"].wait_for_line("ready after", 120)
+    wait_for(lambda: known(services, "nvme") == on_disk, 20, "the router knows what lies on disk")
+    assert served(services) == Answer(first.text, REUSED)
+    assert expected(services, "nvme") == REUSED
+    reused = figure(services, "prefill", "llmserve_prompt_tokens_reused_total", source="loaded")
+    assert reused == REUSED
+
+    said = status(services)
+    assert f"1 of 1 prompts placed at pages of theirs, {REUSED} tokens ({REUSED} nvme)" in said
+    assert f"{REUSED} prompt tokens reused, {REUSED} of them loaded; disk: {PAGES} pages read" in said
+    assert "disk: " in next(line for line in said.splitlines() if line.startswith("kv-") and " MB" in line)
+
+
+def test_without_a_kv_role_pages_are_kept_and_loaded_and_a_new_one_finds_them(services: Services) -> None:
+    services.processes["kv"].kill()
+    prompt = [token + 3000 for token in PROMPT]
+    on_disk = known(services, "nvme")
+    stored = figure(services, "prefill", "llmserve_tier_stores_total", tier="disk")
+    first = ask(services.url, services.model, prompt, services.headers)
+    wait_for(
+        lambda: figure(services, "prefill", "llmserve_tier_stores_total", tier="disk") >= stored + PAGES, 20, "writes"
+    )
+    services.start("kv")
+    assert ask(services.url, services.model, prompt, services.headers) == Answer(first.text, REUSED)
+    wait_for(lambda: known(services, "nvme") >= on_disk + PAGES, 20, "the router knows of them")
+
+
+def test_up_keeps_pages_with_a_kv_role_of_its_own(pd: Stack) -> None:
+    before = total(metrics(pd.metrics_url), "llmserve_storage_pages", tier="disk")
+    first = ask(pd.url, pd.model, PROMPT)
+    assert first.cached_tokens == 0
+    kept = "llmserve_storage_pages"
+    wait_for(lambda: total(metrics(pd.metrics_url), kept, tier="disk") >= before + PAGES, 20, "its pages are kept")
+    assert ask(pd.url, pd.model, PROMPT) == Answer(first.text, REUSED)

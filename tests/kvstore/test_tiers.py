@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llmserve.kvstore import tiers as module
 from llmserve.kvstore.codec import Codec, PageKind
 from llmserve.kvstore.keys import PageKey
 from llmserve.kvstore.notices import Listener, Notice, NoticeKind, Notifier, socket_path
@@ -34,6 +35,7 @@ class MemoryStore(PageStore):
         self.pages: dict[str, bytes] = {}
         self.fails_reading = False
         self.fails_writing = False
+        self.hangs = False
         self.calls = 0
 
     def _call(self, fails: bool) -> None:
@@ -51,6 +53,8 @@ class MemoryStore(PageStore):
 
     async def contains(self, paths: Sequence[str]) -> int:
         self._call(self.fails_reading)
+        if self.hangs:
+            await asyncio.sleep(60)
         return next((count for count, path in enumerate(paths) if path not in self.pages), len(paths))
 
     async def delete(self, paths: Sequence[str]) -> None:
@@ -184,6 +188,17 @@ async def test_when_nothing_works_everything_is_a_miss_and_costs_no_calls() -> N
         assert await world.tiers.held([key(1)]) == 0
     assert world.fast.calls < 10
     assert world.tiers.take_stats()["fast"].dropped == 20
+
+
+async def test_a_class_that_hangs_is_not_asked_for_ever_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOK_S", 0.02)
+    world = World()
+    await world.store(1)
+    world.slow.hangs = True
+    for _ in range(10):
+        assert await world.tiers.held([key(1), key(2)]) == 1
+    assert world.slow.calls == 3
+    assert world.tiers.take_stats()["slow"].open == 1
 
 
 async def test_a_class_that_answers_again_is_used_again() -> None:

@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 _ABORTED_KEPT = 4096
 """Aborted requests whose late outputs are still recognised."""
+_ASK_IDLE_S = 1.0
+"""As often as a heartbeat."""
 
 
 class VllmEngine(Engine):
@@ -70,6 +72,7 @@ class VllmEngine(Engine):
         self._pages_total = 0
         self._block_tokens = 0
         self._events_folder: tempfile.TemporaryDirectory[str] | None = None
+        self._asking: asyncio.Task[None] | None = None
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -87,6 +90,8 @@ class VllmEngine(Engine):
         self._pages_total = pages.total
         self._block_tokens = pages.tokens
         self._load = EngineLoad(pages_free=pages.total)
+        if self._manifest.spec.storageClasses:
+            self._asking = asyncio.create_task(self._ask_when_idle())
         return _info(config, pages)
 
     def _prepare(self, engine_id: str) -> VllmConfig:
@@ -98,7 +103,17 @@ class VllmEngine(Engine):
             options = replace(options, events_folder=self._events_folder.name)
         return build_config(self._manifest, self._role, options, engine_id)
 
+    async def _ask_when_idle(self) -> None:
+        # What its tiers do behind its back, and after its last request, vLLM tells with its steps only: a request
+        # that is aborted before it runs makes an empty one.
+        while True:
+            await asyncio.sleep(_ASK_IDLE_S)
+            if self._core is not None and self._died is None and not self._core_ids:
+                self._core.add(release_request(f"ask.{next(self._numbers)}", []))
+
     async def close(self) -> None:
+        if self._asking is not None:
+            self._asking.cancel()
         core, self._core = self._core, None
         if core is not None:
             await core.close()

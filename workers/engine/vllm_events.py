@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 _TIERS = {None: Tier.GPU, "GPU": Tier.GPU, "CPU": Tier.DRAM}
 """vLLM calls the memory that the model runs in GPU, on CPUs as well, and the pool of its offloading connector CPU.
 What lies below is told by the kv role, whose files outlive the engine."""
+_UNSAID = 0
+"""vLLM's offloading names a page of DRAM by its hash, without size and tokens; it is one block there too. Its option
+``self_describing_kv_events`` would add the tokens, which nobody reads, and not for pages that come from below."""
 _FIRST_GROUP = (None, 0)
 """Models with several groups of layers store a block once for each; where one is, the others are."""
 
@@ -25,7 +28,8 @@ def changes_of(batch: KVEventBatch, block_tokens: int) -> list[KvChange]:
     for event in batch.events:
         if isinstance(event, BlockStored):
             tier = _TIERS.get(event.medium)
-            if tier is not None and event.group_idx in _FIRST_GROUP and event.block_size == block_tokens:
+            whole = event.block_size in (block_tokens, _UNSAID)
+            if tier is not None and event.group_idx in _FIRST_GROUP and whole:
                 _add(changes, tier, stored=pack_short(map(_short, event.block_hashes)))
         elif isinstance(event, BlockRemoved):
             tier = _TIERS.get(event.medium)

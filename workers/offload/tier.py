@@ -51,7 +51,6 @@ _WAITING_BYTES = 256 * 2**20
 """Encoded and not written yet, at most."""
 _BACKLOG = 0.25
 """Part of DRAM that may wait to be written; what is more is not kept."""
-_PROBE_S = 1.0
 _FLUSH_S = 0.1
 _BURST_S = 0.1
 STATS = "llmserve_tier"
@@ -148,10 +147,7 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
     async def _probe(self, pages: Sequence[NamedPage]) -> None:
         held = 0
         try:
-            async with asyncio.timeout(_PROBE_S):
-                held = await self._tiers.held([self._key(page) for page in pages])
-        except TimeoutError:
-            logger.warning("no answer within %s s which of %d pages there are", _PROBE_S, len(pages))
+            held = await self._tiers.held([self._key(page) for page in pages])
         except Exception:
             logger.exception("cannot look for pages")
         self._news.put(lambda: self._known.answer(pages, held, time.monotonic()))

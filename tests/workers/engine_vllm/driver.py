@@ -42,6 +42,7 @@ def manifest(
     hbm_dtype: HbmDtype = "auto",
     prefix_caching: bool = False,
     kv_space_gb: float = 0.35,
+    dram_gb: float | None = None,
     **transfer: Any,
 ) -> Manifest:
     """Small KV space, no prefix caching by default: what is computed shows. ``model`` replaces fields of the primary
@@ -54,7 +55,7 @@ def manifest(
                 draft=DraftModel(id=MODEL, speculative_tokens=3) if draft else None,
             ),
             engine=Engine(enforce_eager=True, kv_space_gb=kv_space_gb, max_num_seqs=16),
-            kv_cache=KVCache(prefix_caching=prefix_caching, hbm_dtype=hbm_dtype),
+            kv_cache=KVCache(prefix_caching=prefix_caching, hbm_dtype=hbm_dtype, dram_gb=dram_gb),
             transfer=Transfer(**transfer),
         ),
     )

@@ -16,21 +16,24 @@ pytestmark = pytest.mark.vllm
 Prompt = Callable[..., list[int]]
 
 BLOCK = 32
+DRAM_GB = 0.15
 SALTS = CacheSalts("test", {"friends": ["ann", "bob"]})
 
 
 @pytest.fixture(scope="module")
 async def caching() -> AsyncIterator[Driver]:
-    driver = await Driver.open(Role.BOTH, "process", prefix_caching=True, kv_space_gb=0.1, block_tokens=BLOCK)
+    driver = await Driver.open(
+        Role.BOTH, "process", prefix_caching=True, kv_space_gb=0.1, dram_gb=DRAM_GB, block_tokens=BLOCK
+    )
     yield driver
     await driver.close()
 
 
-def told(driver: Driver) -> frozenset[int]:
+def told(driver: Driver, tier: Tier = Tier.GPU) -> frozenset[int]:
     """What the engine holds by all that it has told."""
     feed = KvFeed("w", "f", BLOCK, "h")
     feed.change(driver.kv)
-    return feed.held(Tier.GPU)
+    return feed.held(tier)
 
 
 def hashes(tokens: list[int], salt: str = "") -> set[int]:
@@ -68,10 +71,10 @@ async def test_a_resubmission_of_prompt_and_tokens_finds_the_pages_of_the_first_
 async def test_no_tenant_hits_anothers_pages_whatever_salt_its_body_names(
     caching: Driver, prompt: Prompt, guess: str
 ) -> None:
-    tokens = prompt(160, f"Secret of ann, {guess}.")
+    tokens = prompt(161, f"Secret of ann, {guess}.")
     theirs = request_salt(SALTS.owner("ann"), None)
     data = body(tokens, 2, cache_salt=theirs)
-    for cached in (0, 128):
+    for cached in (0, 160):
         own = await caching.run(Stage.WHOLE, data, owner_salt=SALTS.owner("ann"))
         assert own.first.cached_tokens == cached
     guesses = {
@@ -81,26 +84,37 @@ async def test_no_tenant_hits_anothers_pages_whatever_salt_its_body_names(
         "pages": SALTS.worker_salt("ann", theirs),
     }
     spied = await caching.run(Stage.WHOLE, body(tokens, 2, cache_salt=guesses[guess]), owner_salt=SALTS.owner("eve"))
-    assert (spied.first.cached_tokens, spied.first.computed_tokens) == (0, 160)
+    assert (spied.first.cached_tokens, spied.first.computed_tokens) == (0, 161)
 
 
 async def test_tenants_of_one_group_share_pages(caching: Driver, prompt: Prompt) -> None:
-    data = body(prompt(160, "Shared."), 2)
+    data = body(prompt(161, "Shared."), 2)
     await caching.run(Stage.WHOLE, data, owner_salt=SALTS.owner("ann"))
     shared = await caching.run(Stage.WHOLE, data, owner_salt=SALTS.owner("bob"))
-    assert shared.first.cached_tokens == 128
+    assert shared.first.cached_tokens == 160
 
 
 async def test_evicted_pages_are_told_and_what_is_told_is_there(caching: Driver, prompt: Prompt) -> None:
-    first = prompt(640, "Page 0.")
+    """In its own memory, and in DRAM, which holds more."""
+    first = prompt(641, "Page 0.")
+    names = hashes(first)
     await caching.run(Stage.WHOLE, body(first, 1))
-    filled = 0
-    while hashes(first) <= told(caching):
-        filled += 1
-        assert filled < 40, "the engine never evicts"
-        await caching.run(Stage.WHOLE, body(prompt(1500, f"Page {filled}."), 1))
-    assert len(told(caching)) <= caching.info.pages_total
-    kept = prompt(1500, f"Page {filled}.")
+    await caching.until(lambda: names <= told(caching), "its pages are told")
+    await caching.until(lambda: names <= told(caching, Tier.DRAM), "that they are in DRAM too")
+    # Prompts of so many pages that none of the first one's has room beside them.
+    for number in range(caching.info.pages_total // (1500 // BLOCK) + 1):
+        kept = prompt(1500, f"Page {number + 1}.")
+        await caching.run(Stage.WHOLE, body(kept, 1))
     await caching.until(lambda: hashes(kept) <= told(caching), "the last prompt's pages are told")
+    await caching.until(lambda: not names & told(caching), "the first one's are told to be gone")
+    assert len(told(caching)) <= caching.info.pages_total
     again = await caching.run(Stage.WHOLE, body(kept, 1))
-    assert again.first.cached_tokens == 1500 // BLOCK * BLOCK
+    assert (again.first.cached_tokens, again.first.loaded_tokens) == (1500 // BLOCK * BLOCK, 0)
+
+    assert names <= told(caching, Tier.DRAM)
+    loaded = await caching.run(Stage.WHOLE, body(first, 1))
+    assert (loaded.first.cached_tokens, loaded.first.loaded_tokens) == (640, 640)
+    for number in range(2):
+        await caching.run(Stage.WHOLE, body(prompt(1500, f"More {number}."), 1))
+    pages = int(DRAM_GB * 2**30) // caching.info.page_bytes
+    await caching.until(lambda: len(told(caching, Tier.DRAM)) <= pages, "no more is told than DRAM has room for")
