@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
+import termios
 import time
 from pathlib import Path
 
@@ -92,6 +96,26 @@ def test_submit_publishes_as_the_tenant_and_a_second_time_runs_nothing(
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert sorted(again, key=lambda a: str(a["id"])) == sorted(answers, key=lambda a: str(a["id"]))
     assert ran() - before == 12
+
+
+def test_submit_shows_its_progress_at_a_terminal(sim: Stack, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(lines(sim, 40))
+    command = [str(BIN / "llmserve"), "submit", str(source), "-o", str(tmp_path / "out"), "-f", str(sim.manifest)]
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    with subprocess.Popen([*command, "--at-once", "2"], stdout=subprocess.DEVNULL, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # how a terminal ends
+            while piece := os.read(ours, 4096):
+                shown += piece
+    os.close(ours)
+    assert process.returncode == 0
+    done = [int(count) for count in re.findall(rb"(\d+)/40", shown)]
+    assert (done[0], done[-1]) == (0, 40)
+    assert any(0 < count < 40 for count in done), done
+    assert b"failed=0" in shown
 
 
 @pytest.mark.parametrize(
