@@ -21,8 +21,9 @@ QUEUE_FULL = 10077
 WRONG_LAST_SEQUENCE = 10071
 STREAM_NOT_FOUND = 10059
 STREAM_NAME_IN_USE = 10058
-_GONE = frozenset({10037, 10043, 10057})
-"""No message found; sequence not found; message could not be deleted."""
+_DELETE_FAILED = 10057
+_GONE = frozenset({10037, 10043})
+"""No message found; sequence not found."""
 _PAUSE_MAX_S = 1.0
 
 
@@ -153,7 +154,10 @@ class JetStream:
         try:
             await self._ask(f"delete {seq} of {stream}", f"$JS.API.STREAM.MSG.DELETE.{stream}", body)
         except ApiError as error:
-            if error.failure.err_code in _GONE:
+            # It fails if there is no such message, and if the disk is full.
+            if error.failure.err_code == _DELETE_FAILED and await self.get(stream, seq) is not None:
+                raise BusUnavailable(str(error)) from error
+            if error.failure.err_code in _GONE or error.failure.err_code == _DELETE_FAILED:
                 return False
             raise
         return True

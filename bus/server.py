@@ -15,12 +15,12 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from llmserve.bus.base import BusError
+from llmserve.bus.server_health import exited, is_healthy, write_error
 from llmserve.bus.statedir import Endpoint, StateDir
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 MAX_PAYLOAD_BYTES = 8 << 20
 _PR_SET_PDEATHSIG = 1
 _STABLE_S = 5.0
+_LOOK_S = 2.0
+_ROOM_BYTES = 16 << 20
+"""What must be free on the disk for a server that could not write to be started again."""
 
 
 class ServerError(BusError):
@@ -132,10 +135,29 @@ class EmbeddedServer:
 
     async def supervise(self) -> None:
         """Restart it whenever it dies, until cancelled or stopped; pauses grow to 2 s if it keeps dying."""
+        async with asyncio.TaskGroup() as parts:
+            reviving = parts.create_task(self._revive())
+            await self._keep_running()
+            reviving.cancel()
+
+    async def _revive(self) -> None:
+        """A stream whose disk was full takes nothing more until the server is started again, whatever room there is:
+        end it then, for the supervisor to start."""
+        while (process := self._process) is not None:
+            await asyncio.sleep(_LOOK_S)
+            monitor = self._state.monitor_url(process.pid)
+            if monitor is None or process.poll() is not None:
+                continue
+            problem = await asyncio.to_thread(write_error, monitor)
+            if problem and shutil.disk_usage(self._state.root).free > _ROOM_BYTES:
+                logger.warning("nats-server must start again, since its disk was full: %s", problem)
+                process.terminate()
+
+    async def _keep_running(self) -> None:
         pause_s = 0.0
         while (process := self._process) is not None:
             began = time.monotonic()
-            await _exited(process.pid)
+            await exited(process.pid)
             status = process.poll()
             if self._process is not process or status is None:
                 # Stopped or restarted by someone else meanwhile.
@@ -217,7 +239,7 @@ jetstream {{
             if status is not None:
                 raise ServerError(f"nats-server ended with status {status} at start: {self._state.log_tail()}")
             monitor = self._state.monitor_url(process.pid)
-            if monitor is not None and _healthy(monitor):
+            if monitor is not None and is_healthy(monitor):
                 return
             time.sleep(0.005)
         raise ServerError(f"nats-server is not ready after {self._ready_timeout_s:.0f} s: {self._state.log_tail()}")
@@ -238,30 +260,6 @@ def _die_with_parent() -> Callable[[], None]:
             os._exit(1)
 
     return arm
-
-
-async def _exited(pid: int) -> None:
-    """Return when the child ``pid`` has ended."""
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    loop.add_reader(fd, ended.set)
-    try:
-        await ended.wait()
-    finally:
-        loop.remove_reader(fd)
-        os.close(fd)
-
-
-def _healthy(monitor_url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{monitor_url}/healthz", timeout=1) as response:
-            return bool(json.load(response).get("status") == "ok")
-    except (OSError, ValueError):
-        return False
 
 
 def _port_is_free(port: int) -> bool:

@@ -156,7 +156,10 @@ class Stack(Process):
         self.url = f"http://127.0.0.1:{spec['gateway']['port']}"
         self.metrics_url = f"http://127.0.0.1:{spec['gateway']['metrics_port']}/metrics"
         self.model = str(spec["models"]["primary"].get("served_name") or spec["models"]["primary"]["id"])
-        super().__init__("llmserve up", [str(BIN / "llmserve"), "up", "-f", str(manifest)], log, env)
+        super().__init__("llmserve up", self.command(), log, env)
+
+    def command(self) -> list[str]:
+        return [str(BIN / "llmserve"), "up", "-f", str(self.manifest)]
 
     def ready(self, timeout_s: float = 180) -> Stack:
         self.wait_for_line("curl ", timeout_s)

@@ -1,4 +1,4 @@
-"""A gateway without a front end: the real channel and its attempts, asked by the test, for simulated engines."""
+"""A gateway without a front end: the real channel and its attempts, asked by the test."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
@@ -51,13 +51,21 @@ class Answer:
     """Of a request that was accepted; one that was not raises."""
     code: str = ""
     ended_s: float = 0.0
+    heard_s: float = 0.0
+    """When the last tokens came."""
+    longest_pause_s: float = 0.0
+    """Between two arrivals of tokens."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class SimGateway:
     """``open``, then ``send`` or ``ask``."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(
+        self, bus: Bus, api: str = API, codec: Callable[[Sequence[int], int], RequestCodec] = SimCodec
+    ) -> None:
+        """``codec`` makes what engines of ``api`` read of a prompt and a length."""
+        self._codec = codec
         self.member = f"gateway-{secrets.token_hex(4)}"
         self.answers: list[Answer] = []
         self._open: dict[str, Answer] = {}
@@ -67,7 +75,7 @@ class SimGateway:
         self.channel = Channel(
             bus,
             self.member,
-            API,
+            api,
             GatewayMetrics(CollectorRegistry()),
             on_arrivals=self._arrive,
             on_failure=self._fail,
@@ -88,7 +96,9 @@ class SimGateway:
         local_id, answer = str(self._count), Answer(list(prompt), max_tokens)
         self._open[local_id] = answer
         try:
-            await self.channel.open(local_id, tenant, "interactive", SimCodec(prompt, max_tokens), time.monotonic())
+            await self.channel.open(
+                local_id, tenant, "interactive", self._codec(prompt, max_tokens), time.monotonic()
+            )
         except BusError:
             del self._open[local_id]
             raise
@@ -103,7 +113,10 @@ class SimGateway:
 
     def _arrive(self, arrivals: list[Arrival]) -> None:
         for arrival in arrivals:
-            answer = self._open[arrival.local_id]
+            answer, now = self._open[arrival.local_id], time.monotonic()
+            if answer.tokens:
+                answer.longest_pause_s = max(answer.longest_pause_s, now - answer.heard_s)
+            answer.heard_s = now
             answer.tokens += arrival.delta.tokens[arrival.skip :]
             if arrival.reason is not None:
                 answer.reason = arrival.reason

@@ -57,7 +57,7 @@ class RouterSettings:
     """A member that is silent for so long is gone."""
     worker_absence_s: float = 0.2
     """A worker is gone when nobody has listened at its subject for so long."""
-    gateway_absence_s: float = 0.8
+    gateway_absence_s: float = 0.5
     """As for workers; longer, since its clients could not be answered when it returns."""
     inventory_grace_s: float = 0.6
     """A grant younger than this may be missing in a heartbeat that crossed it on the way."""
@@ -108,5 +108,5 @@ class RouterSettings:
             aging_tokens_per_s=policies.aging_tokens_per_s,
             # When a server of a cluster dies, its clients are nowhere until they have found another.
             worker_absence_s=0.2 if spec.bus.replicas == 1 else 2.0,
-            gateway_absence_s=0.8 if spec.bus.replicas == 1 else 2.0,
+            gateway_absence_s=0.5 if spec.bus.replicas == 1 else 2.0,
         )

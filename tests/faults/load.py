@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+import aiohttp
+
+from tests.bench.load import Stream, stream
 from tests.faults.observer import Observer
+from tests.services import Services
 from tests.sim_gateway import Answer, SimGateway
 from tests.workers.world import expected
 
@@ -22,6 +26,18 @@ async def asked(gateway: SimGateway, count: int, tokens: int, *, over_s: float =
         return await gateway.ask(prompt(number), tokens)
 
     return await asyncio.gather(*(one(number) for number in range(count)))
+
+
+async def answers(services: Services, bodies: list[dict[str, object]], over_s: float = 0.0) -> list[Stream]:
+    """Streams that start evenly within ``over_s``."""
+    timeout = aiohttp.ClientTimeout(total=60)
+    async with aiohttp.ClientSession(headers=services.headers, timeout=timeout) as session:
+
+        async def one(index: int) -> Stream:
+            await asyncio.sleep(over_s * index / len(bodies))
+            return await stream(session, services.url, bodies[index])
+
+        return await asyncio.gather(*(one(index) for index in range(len(bodies))))
 
 
 def require_exact(answers: list[Answer]) -> None:

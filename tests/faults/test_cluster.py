@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -63,7 +63,8 @@ cluster {{ name: "three", listen: "127.0.0.1:{self.route_ports[name]}", routes: 
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """In place of the folder's deployment: its observer and its gateway join this one."""
     cluster = Cluster(tmp_path_factory.mktemp("cluster"))
     try:
         for name in NODES:
@@ -79,23 +80,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster.end()
 
 
-@pytest.fixture
-async def observer(cluster: Cluster) -> AsyncIterator[Observer]:
-    observer = await Observer.open(cluster)
-    yield observer
-    await observer.close()
-
-
-@pytest.fixture
-async def gateway(observer: Observer) -> AsyncIterator[SimGateway]:
-    gateway = SimGateway(observer.bus)
-    await gateway.open()
-    yield gateway
-    await gateway.close()
-
-
 async def test_the_cluster_loses_its_leader_and_no_accepted_request(
-    cluster: Cluster, observer: Observer, gateway: SimGateway
+    services: Cluster, observer: Observer, gateway: SimGateway
 ) -> None:
     stream = observer.bus.subjects.request_stream
     asking: list[asyncio.Task[Answer]] = []
@@ -107,17 +93,17 @@ async def test_the_cluster_loses_its_leader_and_no_accepted_request(
 
     loading = asyncio.create_task(load())
     await asyncio.sleep(1.5)
-    victim = await asyncio.to_thread(cluster.leader_of, stream)
+    victim = await asyncio.to_thread(services.leader_of, stream)
     assert victim in NODES
-    cluster.processes[victim].kill()
+    services.processes[victim].kill()
     await loading
     ended = await asyncio.gather(*asking)
-    assert await asyncio.to_thread(cluster.leader_of, stream) not in ("", victim)
+    assert await asyncio.to_thread(services.leader_of, stream) not in ("", victim)
     require_exact(ended)
     await require_once(observer, {gateway.member})
     await observer.settled(20)
-    cluster.start_node(victim)
+    services.start_node(victim)
     await asyncio.to_thread(
-        wait_for, lambda: answers(f"{cluster.monitors[victim]}/healthz"), 40, f"{victim} to be back"
+        wait_for, lambda: answers(f"{services.monitors[victim]}/healthz"), 40, f"{victim} to be back"
     )
     require_exact([await gateway.ask(prompt(1000), 20)])

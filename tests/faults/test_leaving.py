@@ -32,7 +32,6 @@ async def test_a_worker_hands_over_at_its_drain_deadline_what_it_could_not_finis
     del services.processes[name]
     require_exact(await asking)
     await require_once(observer, {gateway.member})
-    await observer.settled(10)
     assert not [answer for answer in gateway.answers if answer.error]
 
 
@@ -52,20 +51,27 @@ async def test_clients_that_leave_at_any_stage_leave_nothing_behind(services: Se
     await observer.settled(15)
 
 
+@pytest.mark.parametrize("failover", [False, True])
 async def test_a_request_that_kills_whoever_runs_it_is_failed_and_the_others_are_not(
-    services: Services, observer: Observer, gateway: SimGateway
+    services: Services, observer: Observer, gateway: SimGateway, failover: bool
 ) -> None:
+    """``failover``: the leading router dies together with the first victim, and its successor goes on counting."""
+    leader = await observer.leader()
     poison = prompt(999, tokens=77)
     killed: list[str] = []
 
     def kill_who_runs_it(beat: Heartbeat) -> None:
-        of = {item.request.request_id for item in observer.seen.values() if item.request.prompt_tokens == len(poison)}
-        seqs = {seq for seq, item in observer.seen.items() if item.request.request_id in of}
+        requests = {seq: item.request for seq, item in observer.seen.items()}
+        of = {one.request_id for one in requests.values() if one.attempt == 0 and one.prompt_tokens == len(poison)}
+        seqs = {seq for seq, one in requests.items() if one.request_id in of}
         if beat.role is not Role.DECODE or not seqs & {line.seq for line in beat.running}:
             return
         for name, process in list(services.processes.items()):
             if process.pid == beat.pid and process.child.poll() is None:
                 process.kill()
+                if failover and not killed:
+                    services.processes[leader].kill()
+                    services.start(leader, "router")
                 killed.append(name)
                 services.start(name, "decode")
 
@@ -74,9 +80,12 @@ async def test_a_request_that_kills_whoever_runs_it_is_failed_and_the_others_are
     await asyncio.sleep(0.5)
     answer = await asyncio.wait_for(gateway.ask(poison, 300), 60)
     observer.on_beat = None
-    assert answer.code == "poison"
+    assert answer.code == "poison", (answer, killed)
     assert "workers that ran it" in answer.error
     # Two deaths tell, unless others were there at both: these are tried apart, and the third death tells.
     assert 2 <= len(killed) <= 3
     require_exact(await others)
+
+
+async def test_everything_is_given_back_at_the_end(observer: Observer) -> None:
     await observer.settled(15)
