@@ -34,6 +34,7 @@ _RETRY_AFTER_S = 1
 _FAILURES = {
     "unservable": (HTTPStatus.BAD_REQUEST, "BadRequestError"),
     "deadline": (HTTPStatus.GATEWAY_TIMEOUT, "TimeoutError"),
+    "overdue": (HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"),
     "unavailable": (HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"),
     "cancelled": (HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"),
 }
@@ -168,7 +169,9 @@ class BusEngineClient(EngineCoreClient):  # type: ignore[misc]
 
     def _fail(self, call: Call, fail: Fail) -> None:
         status, kind = _FAILURES.get(fail.code, _INTERNAL)
-        failure = Failure(status, kind, f"the request {fail.message}" if kind == _INTERNAL[1] else fail.message)
+        message = f"the request {fail.message}" if kind == _INTERNAL[1] else fail.message
+        retry_after_s = _RETRY_AFTER_S if status is HTTPStatus.SERVICE_UNAVAILABLE else None
+        failure = Failure(status, kind, message, retry_after_s)
         caller = self._callers.get(call.local_id)
         if caller is not None:
             caller.failure = failure

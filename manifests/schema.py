@@ -90,6 +90,8 @@ class Policies(Part, frozen=True, kw_only=True):
     """Part of the service that batch work is guaranteed while interactive work waits."""
     max_wait_s: PositiveFloat = 30.0
     """How long shorter requests of a tenant may overtake one of its requests."""
+    reject_after_s: PositiveFloat | None = None
+    """An interactive request that has not begun for so long is refused with 503; None: it waits, up to 600 s."""
     aging_tokens_per_s: Annotated[float, Meta(ge=0)] = 100.0
     """Cost, in prompt tokens, that a second of waiting outweighs inside a tenant."""
     queue_max_len: Positive = 2000

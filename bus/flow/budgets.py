@@ -115,6 +115,6 @@ class Budgets:
 
 
 def moved_bytes(entry: Entry) -> int:
-    """Page bytes that a grant of the entry lets move."""
+    """Page bytes that a grant of the entry lets move: its handoff's, or what its worker loads of its prefix."""
     handoff = entry.handoff
-    return 0 if handoff is None else handoff.pages * handoff.page_bytes
+    return entry.loaded_bytes if handoff is None else handoff.pages * handoff.page_bytes

@@ -74,6 +74,8 @@ class Entry:
     """Prompt tokens that its worker has to compute, or had to: all of them until a placement knows better."""
     cached_tokens: int = 0
     """Prompt tokens that its worker is expected to reuse."""
+    loaded_bytes: int = 0
+    """Of their pages, those that its worker is expected to load from a tier or another worker."""
     paid: bool = False
     ticket: int = 0
     queue: FairQueue[Entry] | None = None

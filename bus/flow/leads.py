@@ -7,7 +7,6 @@ virtual time. It is charged as ever, so that it repays the lead by waiting later
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
 from typing import Generic
 
 from llmserve.bus.flow.flows import Flow, T
@@ -35,7 +34,7 @@ class Leads(Generic[T]):
             heapq.heapify(self._urgent)
             self._sweep_at = 2 * len(self._urgent) + 64
 
-    def take(self, now_s: float, virtual_time: Callable[[], float]) -> Flow[T] | None:
+    def take(self, now_s: float, virtual_time: float) -> Flow[T] | None:
         """A flow that goes before its turn."""
         while self._urgent and self._urgent[0][0] <= now_s:
             _, version, flow = heapq.heappop(self._urgent)
@@ -44,10 +43,9 @@ class Leads(Generic[T]):
         while self._indebted:
             ahead, version, flow = self._indebted[0]
             if flow.stands(version):
-                now = virtual_time()
-                if ahead > now:
+                if ahead > virtual_time:
                     return None
-                flow.leading = flow.tag > now
+                flow.leading = flow.tag > virtual_time
                 heapq.heappop(self._indebted)
                 return flow
             heapq.heappop(self._indebted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -75,7 +76,12 @@ class Ledger:
         entry.move(Place.QUEUED, now_s)
         entry.queue = self.first_queue(entry)
         entry.queue.push(entry, self.costs.estimate(entry))
-        self.timers.set(entry.seen_s + self.settings.queue_deadline_s, entry)
+        self.timers.set(entry.seen_s + min(self.settings.queue_deadline_s, self.patience_s(entry)), entry)
+
+    def patience_s(self, entry: Entry) -> float:
+        """How long a request may be queued, by the manifest. A later attempt has begun, batch work may wait."""
+        limit_s = self.settings.reject_after_s
+        return math.inf if limit_s is None or entry.attempt or entry.is_batch else limit_s
 
     def wait(self, entry: Entry, handoff: HandedOff, holder: WorkerState, lease_until_s: float, now_s: float) -> None:
         """Wait for a decode worker, until ``lease_until_s``."""

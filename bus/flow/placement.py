@@ -78,6 +78,8 @@ class ByLocality(Placement):
         reuse = self._reuse(entry, worker)
         entry.work_tokens = math.ceil(reuse.work_tokens)
         entry.cached_tokens = reuse.cached_tokens
+        loaded_tokens = reuse.cached_tokens - reuse.tokens.get(Tier.GPU, 0)
+        entry.loaded_bytes = loaded_tokens // max(1, worker.beat.page_tokens) * worker.beat.page_bytes
         self._locality.granted(reuse, entry.prompt_tokens)
         if worker.stage is Stage.WHOLE:
             self._backlogs[worker.member] = (self._backlog(worker) + reuse.work_tokens, self._now_s)

@@ -99,7 +99,9 @@ class Presence:
     def _due(self, entry: Entry, now_s: float) -> None:
         outcomes = self._outcomes
         if entry.place is Place.QUEUED:
-            outcomes.reject(entry, "deadline", f"queued for more than {self._settings.queue_deadline_s:g} s", now_s)
+            limit_s, deadline_s = self._ledger.patience_s(entry), self._settings.queue_deadline_s
+            code = "overdue" if limit_s < deadline_s else "deadline"
+            outcomes.reject(entry, code, f"queued for more than {min(limit_s, deadline_s):g} s", now_s)
         elif entry.place is Place.GRANTED:
             self._stats.confirm_timeouts += 1
             outcomes.lose(entry, "confirm", "its worker did not confirm the grant", now_s)

@@ -1,13 +1,27 @@
 """The order of one stage: start-time fair queueing across tenants.
 
-Goyal, Vin and Cheng, "Start-time Fair Queueing" (SIGCOMM 1996). A tenant's requests form a flow. The
-flow with the least start tag is served next; serving a request of cost c moves its flow's tag on by c / weight.
+Goyal, Vin and Cheng, "Start-time Fair Queueing" (SIGCOMM 1996). A tenant's requests form a flow. The flow with the
+least start tag is served next; serving a request of cost c moves its flow's tag on by c / weight. Virtual time v is
+the largest start tag served so far, and an idle flow re-enters at v at least, so that idleness saves nothing up.
 Costs are estimates: ``settle`` moves a tag by the difference once the real cost is known, as the token counters of
-Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024, arXiv 2401.00588) do. From there also comes
-where an idle flow re-enters: no lower than the least tag of the flows that are backlogged, or than the start tag
-that was served last if that is less, so that idleness saves nothing up and estimates that were too high do not push
-a newcomer back. While two flows are backlogged and nothing blocks them, their
-charges per weight differ by at most the largest charge per weight of each.
+Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024, arXiv 2401.00588) do.
+
+The bound. Of tenant f, per weight: let A be its largest real cost, E the largest lead by which a flow may be served
+out of turn (``Order.lead`` with an SLO, else 0), and of its requests charged and not yet settled let U be the most by
+which their real costs together exceed their charges, and O the most by which they fall short of them. Let R be f's
+tag as if each real cost had been charged at once. R moves only when f is served or enters.
+
+- R <= v + A + U + E: f is served at a tag of at most v, or v + E, which its request's real cost moves on, and the
+  charges that are out may be too low by U. v never falls.
+- R >= v - O: v rises only to the tag of the flow that is least, and a flow enters at v or above; from then on only
+  charges that turn out too high take its tag back.
+
+So in any interval in which f and g both wait and nothing stops either, what they are served per weight differs by at
+most (A + U + O + E of f) + (A + U + O + E of g): of the pair's own quantities alone, whatever others do. With exact
+estimates and no SLO that is the bound of Goyal's theorem 1. Counted when it is worked off and not when it is started,
+service lags by what is in flight besides: I of f + I of g. With charges at the end, U = I, it has the form of the
+VTC's 2 max(largest request, in flight). A flow is stopped while its head does not fit (for ``bypass_s`` at most), at
+its own concurrency, or in the lane of the other class; requests that a new leader finds running are charged at once.
 """
 
 from __future__ import annotations
@@ -74,7 +88,7 @@ class FairQueue(Generic[T]):
 
     def take(self, now_s: float) -> Flow[T] | None:
         """The flow whose turn it is, with its ``turn``; the caller must ``serve``, ``restore`` or ``park`` it."""
-        flow = self._leads.take(now_s, self._now) if self._leads else None
+        flow = self._leads.take(now_s, self.virtual_time) if self._leads else None
         if flow is None:
             while self._heap:
                 *_, version, first = heapq.heappop(self._heap)
@@ -180,11 +194,6 @@ class FairQueue(Generic[T]):
             flow = self._flows[tenant] = Flow(tenant, share.weight, share.slo_s)
         return flow
 
-    def _now(self) -> float:
-        """Virtual time for one that enters: the least tag of those that may be served."""
-        flow = self._least()
-        return self.virtual_time if flow is None else min(flow.tag, self.virtual_time)
-
     def _least(self) -> Flow[T] | None:
         """The flow whose turn is next."""
         heap = self._heap
@@ -196,7 +205,7 @@ class FairQueue(Generic[T]):
         return None
 
     def _enter(self, flow: Flow[T]) -> None:
-        flow.tag = max(flow.tag, self._now())
+        flow.tag = max(flow.tag, self.virtual_time)
         flow.order = self._next()
 
     def _index(self, flow: Flow[T]) -> None:

@@ -33,13 +33,15 @@ class RouterSettings:
     max_kv_hbm_bytes: int | None = None
     """KV pages in use on all workers together."""
     max_kv_io_bytes_per_s: float | None = None
-    """Page bytes that handoffs move, on average."""
+    """Page bytes that handoffs and loads of prefixes move, on average. Handoffs wait for it, loads draw on it."""
     min_decode_slots: int = 0
     """Slots of each decode worker, or worker of both roles, that batch work never gets."""
     batch_share: float = 0.05
     """Part of the service that batch work is guaranteed while interactive work waits too."""
     max_wait_s: float = 30.0
     """How long a request may wait inside its tenant's share while shorter ones overtake it."""
+    reject_after_s: float | None = None
+    """An interactive request that has not begun for so long is rejected: ``overdue``."""
     aging_tokens_per_s: float = 100.0
     """Cost that a second of waiting outweighs inside a tenant."""
     slo_lead_tokens: float = 8192.0
@@ -105,6 +107,7 @@ class RouterSettings:
             min_decode_slots=policies.min_decode_slots,
             batch_share=policies.batch_share,
             max_wait_s=policies.max_wait_s,
+            reject_after_s=policies.reject_after_s,
             aging_tokens_per_s=policies.aging_tokens_per_s,
             # When a server of a cluster dies, its clients are nowhere until they have found another.
             worker_absence_s=0.2 if spec.bus.replicas == 1 else 2.0,

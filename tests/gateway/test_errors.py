@@ -140,6 +140,16 @@ async def test_a_request_that_loses_all_its_attempts_is_500(world: World) -> Non
     assert len(world.bus.accepted) == 5
 
 
+async def test_a_request_that_did_not_begin_in_time_is_503_with_a_time_to_come_back(world: World) -> None:
+    def reject(stored: Any) -> None:
+        no = Rejected(request_id=stored.request.request_id, attempt=0, code="overdue", message="queued for too long")
+        asyncio.get_running_loop().call_later(0.02, world.bus.publish, world.bus.subjects.gateway("gw"), no)
+
+    world.bus.on_accept = reject
+    status, error, headers = await post(world, CHAT)
+    assert (status, error["type"], headers["retry-after"]) == (503, "ServiceUnavailableError", "1")
+
+
 async def test_a_failure_in_one_choice_stops_the_others(world: World) -> None:
     def reject_first(stored: Any) -> None:
         if stored.seq == 2:

@@ -6,7 +6,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llmserve.bus.flow.settings import TenantSettings
@@ -50,6 +50,7 @@ class Scenario:
     end_s: float
     """Nothing is served later."""
     tenants: dict[str, TenantSettings]
+    slots: int = SLOTS
     from_s: float = 0.0
     """Shares are measured from here on."""
     slot_rate: float = SLOT_RATE
@@ -119,6 +120,18 @@ def flood(seed: int = 2, end_s: float = 100.0, times: float = 100.0) -> Scenario
         jobs += poisson(rng, "flood", 0.15 * times, 900, around(500, 200), end_s)
     settings = {name: TenantSettings() for name in (*victims, "flood")}
     return Scenario("flood 100 x", in_order(jobs), end_s, settings, victims=frozenset(victims))
+
+
+def entitled(scenario: Scenario, tenant: str) -> Scenario:
+    """One tenant's requests alone on the part of the pool that its weight entitles it to beside the others."""
+    weights = sum(map(scenario.weight, scenario.tenants))
+    return replace(
+        scenario,
+        name=f"{tenant} alone on its share",
+        jobs=[job for job in scenario.jobs if job.tenant == tenant],
+        tenants={tenant: scenario.tenants[tenant]},
+        slots=round(scenario.slots * scenario.weight(tenant) / weights),
+    )
 
 
 def bimodal(seed: int = 3, end_s: float = 900.0) -> Scenario:

@@ -19,7 +19,7 @@ from llmserve.bus.flow.core import RouterCore
 from llmserve.bus.flow.events import Tick
 from llmserve.bus.flow.settings import RouterSettings
 from llmserve.bus.messages import Accepted, Finished, Heartbeat, Reason, Request, Role, Running, Stage
-from tests.bench.flow.arrivals import MAX_TOKENS, OUTPUT_WEIGHT, SLOTS, Job, Scenario
+from tests.bench.flow.arrivals import MAX_TOKENS, OUTPUT_WEIGHT, Job, Scenario
 
 BEAT_S = 1.0
 """Between heartbeats of the simulated worker and gateway."""
@@ -194,6 +194,7 @@ class Ours(Policy):
         settings = RouterSettings(tenants=scenario.tenants, queue_deadline_s=1e9)
         self.core = RouterCore(settings, random.Random(1))
         self.core.begin("r0", 1)
+        self._slots = scenario.slots
         self._jobs: dict[int, Job] = {}
         self._running: dict[int, Job] = {}
         self._beat_s = 0.0
@@ -262,7 +263,7 @@ class Ours(Policy):
             pid=1,
             api="a1",
             fingerprint="f1",
-            slots=SLOTS,
+            slots=self._slots,
             pages_total=0,
             page_tokens=16,
             page_bytes=1000,

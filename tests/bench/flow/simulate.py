@@ -7,7 +7,7 @@ import math
 import time
 from dataclasses import dataclass, field
 
-from tests.bench.flow.arrivals import SLOTS, Job, Scenario
+from tests.bench.flow.arrivals import Job, Scenario
 from tests.bench.flow.policies import Policy
 
 
@@ -57,15 +57,15 @@ def simulate(scenario: Scenario, kind: type[Policy]) -> Run:
         arrived_s = clock()
         while running and running[0][0] <= now_s:
             policy.end(heapq.heappop(running)[2], now_s)
-        if len(running) == SLOTS:
+        if len(running) == scenario.slots:
             run.arriving_s += arrived_s - began_s
             continue
-        started = policy.start(SLOTS - len(running), now_s)
+        started = policy.start(scenario.slots - len(running), now_s)
         run.arriving_s += arrived_s - began_s
         run.deciding_s += clock() - arrived_s
         for job in started:
             assert job.seq not in run.started_s, f"{job} started twice"
             run.started_s[job.seq] = now_s
             heapq.heappush(running, (now_s + job.service_s(scenario.slot_rate), job.seq, job))
-        assert len(running) <= SLOTS, "more than the pool has"
+        assert len(running) <= scenario.slots, "more than the pool has"
     return run

@@ -13,6 +13,7 @@ from llmserve.bus.flow.actions import AskSnapshot
 from llmserve.bus.flow.events import Event, MemberLost
 from llmserve.bus.flow.settings import RouterSettings
 from llmserve.bus.messages import Finished, Heartbeat, KvChange, KvEvents, Reason, Role, Stage, Tier
+from tests.bus.flow.test_classes import moved
 from tests.bus.flow.test_core import Driver, accepted, finished, grants, handed_off
 from tests.bus.flow.world import beat, request, stored
 
@@ -214,3 +215,18 @@ def test_entries_expire_with_their_member(end: str) -> None:
     assert len(d.core.locality.index) == 4
     d.later(3.5)
     assert len(d.core.locality.index) == 0
+
+
+def test_what_a_worker_loads_of_a_prefix_draws_on_the_budget_of_kv_transfers_and_handoffs_wait_for_it() -> None:
+    d = Driver(RouterSettings(max_kv_io_bytes_per_s=10_000.0))
+    d.tell(worker("d", Role.DECODE), worker("p1", host="h1", page_bytes=500))
+    print_ = fingerprint_of(d)
+    d.tell(
+        holds("p1", range(10), fingerprint=print_), holds("kv", range(26), Tier.NVME, host="h1", fingerprint=print_)
+    )
+    d.tell(asks(1, range(26)), accepted("p1", 1, Stage.PREFILL))
+    assert d.core.ledger.entries[1].loaded_bytes == 16 * 500
+    assert grants(d.tell(moved("p1", 1, 8))) == []
+    assert d.core.wake_s == pytest.approx(d.now_s + 0.6)
+    d.now_s += 0.6
+    assert [name for name, _, _ in grants(d.tell())] == ["d"]

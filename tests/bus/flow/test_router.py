@@ -128,6 +128,24 @@ async def test_requests_pass_through_prefill_and_decode_and_leave_the_stream() -
     await run
 
 
+async def test_handoffs_that_wait_for_the_budget_of_kv_transfers_go_when_it_allows_with_no_other_event() -> None:
+    """Without ``run`` there are no ticks: only the timer that the core asks for is left to wake the router."""
+    hub = Hub()
+    bus = FakeBus(hub)
+    router = Router(bus, RouterSettings(max_kv_io_bytes_per_s=20.0), "r0")
+    await router.start()
+    prefill, decoder = ScriptedWorker(bus, "p", Role.PREFILL), ScriptedWorker(bus, "d", Role.DECODE)
+    await prefill.join()
+    await decoder.join()
+    began_s = time.monotonic()
+    for number in range(26):
+        await bus.accept(request(f"q{number}"), "a", "interactive")
+    await until(lambda: not hub.stream)
+    assert len(decoder.grants) == 26
+    assert time.monotonic() - began_s >= 6 / 20 - 0.02
+    await router.stop()
+
+
 async def test_a_large_request_is_granted_by_its_sequence_alone() -> None:
     bus = FakeBus(Hub())
     router = Router(bus, RouterSettings(), "r0")
