@@ -14,9 +14,6 @@ from llmserve.bus.messages import Stage, Tier
 
 NEAR_BEST = 0.05
 """Workers whose cost is within this of the least are equally good."""
-HELD_WEIGHT = 2 * NEAR_BEST
-"""Of a prompt that is wholly in a decode worker's memory, in shares of that memory: the worker is taken unless it is
-fuller than another by more than a twentieth."""
 WORK_WEIGHT = 1.25
 """Of a token to compute against one to wait for: what one request computes, all others on the worker wait for."""
 DRAIN_STEPS_S = 2.0
@@ -48,8 +45,7 @@ class ByLocality(Placement):
     """Load against recomputation: what a worker would have to compute and to load, behind what it has to do already.
 
     A prefill worker has its whole book to do. A worker of both roles decodes most of it: what is left of its prompts
-    is estimated from the pace at which it computes them, and its decoding by the memory in use. Of decode workers the
-    one that has the prompt's pages already, from the last turn of a conversation, has fewer to fetch.
+    is estimated from the pace at which it computes them, and its decoding by the memory in use.
     """
 
     def __init__(self, locality: Locality) -> None:
@@ -66,7 +62,7 @@ class ByLocality(Placement):
 
     def cost(self, entry: Entry, worker: WorkerState) -> float:
         if worker.stage is Stage.DECODE:
-            return worker.load() - HELD_WEIGHT * self._held(entry, worker)
+            return worker.load()
         tokens = WORK_WEIGHT * self._reuse(entry, worker).work_tokens
         if worker.stage is Stage.PREFILL:
             return (worker.outstanding_tokens + tokens) / _step_tokens(worker)
@@ -90,10 +86,6 @@ class ByLocality(Placement):
 
     def _reuse(self, entry: Entry, worker: WorkerState) -> Reuse:
         return self._locality.reuse(entry.prefix, entry.prompt_tokens, worker)
-
-    def _held(self, entry: Entry, worker: WorkerState) -> float:
-        """Part of the prompt whose pages a handoff need not move: the engine takes them from its own memory."""
-        return self._reuse(entry, worker).tokens.get(Tier.GPU, 0) / max(1, entry.prompt_tokens)
 
     def _backlog(self, worker: WorkerState) -> float:
         tokens, at_s = self._backlogs.get(worker.member, (0.0, self._now_s))

@@ -14,7 +14,7 @@ from llmserve.bus.flow.events import Event, MemberLost
 from llmserve.bus.flow.settings import RouterSettings
 from llmserve.bus.messages import Finished, Heartbeat, KvChange, KvEvents, Reason, Role, Stage, Tier
 from tests.bus.flow.test_classes import moved
-from tests.bus.flow.test_core import Driver, accepted, finished, grants, handed_off
+from tests.bus.flow.test_core import Driver, accepted, finished, grants
 from tests.bus.flow.world import beat, request, stored
 
 BLOCK = 16
@@ -135,24 +135,6 @@ def test_a_prompt_that_is_wholly_cached_still_computes_its_last_block() -> None:
     d = pool("p1")
     d.tell(holds("p1", range(10), fingerprint=fingerprint_of(d)), asks(1, range(10), tokens=160))
     assert d.core.ledger.entries[1].cached_tokens == 144
-
-
-@pytest.mark.parametrize(("pages_free", "taken"), [(10_000, {"d2"}), (9_700, {"d2"}), (8_500, {"d1", "d3"})])
-def test_a_handoff_goes_where_its_pages_are_unless_that_worker_is_fuller(pages_free: int, taken: set[str]) -> None:
-    d = Driver(RouterSettings())
-    decode = [worker(name, Role.DECODE) for name in ("d1", "d3")]
-    d.tell(worker("p1"), worker("d2", Role.DECODE, pages_free=pages_free), *decode)
-    d.tell(holds("d2", range(50), fingerprint=fingerprint_of(d)))
-    went = set()
-    for seq in range(1, 9):
-        d.tell(asks(seq, range(50)), accepted("p1", seq, Stage.PREFILL))
-        ((name, _, stage),) = grants(d.tell(handed_off("p1", seq)))
-        assert stage is Stage.DECODE
-        went.add(name)
-        d.tell(accepted(name, seq, Stage.DECODE), finished(name, seq, Stage.DECODE))
-        d.now_s += 60.0
-        d.tell(worker("p1"), worker("d2", Role.DECODE, pages_free=pages_free), *decode)
-    assert went == taken
 
 
 def test_the_tenant_is_charged_what_was_computed_in_the_end() -> None:
