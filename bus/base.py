@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from llmserve.bus.messages import AnyMessage, Message, Request, Result
 from llmserve.bus.subjects import Subjects
 
@@ -29,8 +31,7 @@ class BusUnavailable(BusError):
     """No answer from the server in time; the operation may or may not have happened."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredRequest:
+class StoredRequest(msgspec.Struct, frozen=True):
     """A request as it stands on the stream."""
 
     seq: int

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import nats
 import nats.errors
 
 from llmserve.bus.base import BusError
@@ -18,10 +17,10 @@ from llmserve.bus.inbox import Reply
 from llmserve.bus.publisher import Publisher
 from llmserve.bus.settings import BusCounters
 from llmserve.bus.tls import PlainServer, TlsClient, client_tls
+from llmserve.bus.wire import DirectClient
 from llmserve.manifests.schema import BusTls
 
 if TYPE_CHECKING:
-    from nats.aio.client import Client
     from nats.aio.subscription import Subscription as ClientSubscription
 
 __all__ = [
@@ -66,9 +65,9 @@ class Server:
 class Callbacks:
     """What a client reports about its connection; each gets the client."""
 
-    down: Callable[[Client], None]
-    up: Callable[[Client], None]
-    closed: Callable[[Client], None]
+    down: Callable[[DirectClient], None]
+    up: Callable[[DirectClient], None]
+    closed: Callable[[DirectClient], None]
     error: Callable[[Exception], Awaitable[None]]
 
 
@@ -81,7 +80,7 @@ class RawSubscription:
         self.callback = callback
         self.on_client: ClientSubscription | None = None
 
-    async def receive(self, message: Reply) -> None:
+    def receive(self, message: Reply) -> None:
         """What the client calls; an error of the callback is logged and counted, never the client's."""
         try:
             self.callback(message)
@@ -90,13 +89,15 @@ class RawSubscription:
             logger.exception("a handler failed on a message of %s", self.subject)
 
 
-async def open_client(server: Server, callbacks: Callbacks, reconnect_wait_s: float, timeout_s: float) -> Client:
+async def open_client(
+    server: Server, callbacks: Callbacks, reconnect_wait_s: float, timeout_s: float
+) -> DirectClient:
     """A connected client that reconnects for ever.
 
     Raises ``BusError`` if the token is refused, ``OSError``, ``nats.errors.Error`` or ``TimeoutError`` otherwise.
     """
     tls = client_tls(server.url, server.tls)
-    client: Client = nats.NATS() if tls is None else TlsClient()
+    client = DirectClient() if tls is None else TlsClient()
     security: dict[str, object] = {} if tls is None else {"tls": tls.context}
     user, separator, password = (server.any_token or "").partition(":")
     security |= {"user": user, "password": password} if separator else {"token": server.any_token}
@@ -152,7 +153,7 @@ def shown_url(url: str) -> str:
     return _USERINFO.sub("//", url)
 
 
-async def close_client(client: Client) -> None:
+async def close_client(client: DirectClient) -> None:
     """Close it; never raises (under uvloop closing while it reconnects raises RuntimeError, among others)."""
     try:
         await asyncio.wait_for(client.close(), 2)

@@ -8,7 +8,6 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
 
 import nats.errors
 
@@ -17,9 +16,7 @@ from llmserve.bus.client import Callbacks, RawSubscription, Server, close_client
 from llmserve.bus.inbox import Disconnected, Inbox, Reply
 from llmserve.bus.outbox import Outbox, Outgoing
 from llmserve.bus.settings import BusCounters, BusSettings
-
-if TYPE_CHECKING:
-    from nats.aio.client import Client
+from llmserve.bus.wire import DirectClient
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +33,7 @@ class Connection:
         self.counters = BusCounters()
         self.outbox = Outbox(settings.outbox_max_bytes, self.counters)
         self.closed = False
-        self._client: Client | None = None
+        self._client: DirectClient | None = None
         self._subscriptions: set[RawSubscription] = set()
         self._up = asyncio.Event()
         self._hooks: list[Callable[[], Awaitable[None]]] = []
@@ -87,9 +84,9 @@ class Connection:
         """End a subscription."""
         self._subscriptions.discard(subscription)
         on_client, subscription.on_client = subscription.on_client, None
-        if on_client is not None:
+        if on_client is not None and self._client is not None:
             with contextlib.suppress(nats.errors.Error):  # the connection is gone, the subscription with it
-                await on_client.unsubscribe()
+                await self._client.unlisten(on_client)
 
     async def request(
         self, subject: str, data: bytes, timeout_s: float, headers: dict[str, str] | None = None
@@ -97,14 +94,15 @@ class Connection:
         """One try. Raises ``TimeoutError`` or ``Disconnected``, or ``BusUnavailable`` if closed."""
         if self.closed:
             raise BusUnavailable("the connection is closed")
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._up.wait()
-        except TimeoutError:
-            raise Disconnected from None
+        if not self._up.is_set():
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._up.wait()
+            except TimeoutError:
+                raise Disconnected from None
         reply, future = self.inbox.expect(timeout_s)
         try:
-            await self._now().publish(subject, data, reply=reply, headers=headers)
+            self._now().send(subject, data, reply, headers)
             return await future
         except nats.errors.MaxPayloadError as error:
             raise BusError(f"{len(data)} bytes are more than the bus takes ({self.max_payload_bytes})") from error
@@ -113,13 +111,19 @@ class Connection:
         finally:
             future.cancel()
 
-    async def send(self, subject: str, data: bytes, reply: str) -> None:
+    def publish(self, item: Outgoing) -> None:
+        """Send it now if the server is there and takes it, else as soon as it does; in order."""
+        if self._up.is_set() and not len(self.outbox) and self._client is not None and not self._client.congested:
+            self._send(item)
+        else:
+            self.outbox.put(item)
+
+    def send(self, subject: str, data: bytes, reply: str) -> None:
         """A message whose answers go to ``reply``, a subscribed subject; lost while the server is away."""
         try:
-            await self._now().publish(subject, data, reply=reply)
+            self._now().send(subject, data, reply)
         except (nats.errors.Error, OSError, BusUnavailable) as error:
-            self.counters.dropped_publishes += 1
-            self._log_error(error)
+            self._lost(error)
 
     async def round_trip_s(self, timeout_s: float = 2.0) -> float:
         """Send a message to ourselves.
@@ -131,7 +135,7 @@ class Connection:
         try:
             if not self._up.is_set():
                 raise Disconnected
-            await self._now().publish(reply, b"")
+            self._now().send(reply, b"")
             await future
         except (Disconnected, TimeoutError, nats.errors.Error) as error:
             raise BusUnavailable("the bus does not answer") from error
@@ -177,14 +181,9 @@ class Connection:
             self._up.set()
 
     async def _start(self, subscription: RawSubscription) -> None:
-        subscription.on_client = await self._now().subscribe(
-            subscription.subject,
-            cb=subscription.receive,
-            pending_msgs_limit=self.settings.pending_max_messages,
-            pending_bytes_limit=self.settings.pending_max_bytes,
-        )
+        subscription.on_client = await self._now().listen(subscription.subject, subscription.receive)
 
-    def _now(self) -> Client:
+    def _now(self) -> DirectClient:
         if self._client is None:
             raise BusUnavailable("the connection is not open")
         return self._client
@@ -195,7 +194,7 @@ class Connection:
         if client is not None:
             await close_client(client)
 
-    def _went_down(self, client: Client) -> None:
+    def _went_down(self, client: DirectClient) -> None:
         if client is not self._client:
             return
         if self._up.is_set():
@@ -204,7 +203,7 @@ class Connection:
         self._last_sign_s = time.monotonic()
         self.inbox.disconnected()
 
-    def _came_back(self, client: Client) -> None:
+    def _came_back(self, client: DirectClient) -> None:
         if client is not self._client:
             return
         self.counters.reconnects += 1
@@ -212,7 +211,7 @@ class Connection:
         self._up.set()
         self._spawn(self._run_hooks())
 
-    def _gave_up(self, client: Client) -> None:
+    def _gave_up(self, client: DirectClient) -> None:
         """The client closes itself on protocol errors such as a refused token; we go on with another."""
         if client is self._client and not self.closed:
             self._went_down(client)
@@ -250,8 +249,6 @@ class Connection:
 
     async def _on_error(self, error: Exception) -> None:
         self._last_sign_s = time.monotonic()
-        if isinstance(error, nats.errors.SlowConsumerError):
-            self.counters.slow_consumer += 1
         self._log_error(error)
 
     def _log_error(self, error: Exception) -> None:
@@ -267,16 +264,22 @@ class Connection:
             await self.outbox.wait()
             await self._up.wait()
             while self._up.is_set() and (item := self.outbox.take()) is not None:
-                await self._send(item)
+                self._send(item)
+                if self._client is not None and self._client.congested:
+                    with contextlib.suppress(OSError):  # then it is away, and what is left waits until it is back
+                        await self._client.drain_writes()
             self.outbox.drained()
 
-    async def _send(self, item: Outgoing) -> None:
+    def _send(self, item: Outgoing) -> None:
         reply = "" if item.no_responders is None else self.inbox.probe(item.no_responders)
         try:
-            await self._now().publish(item.subject, item.data, reply=reply)
+            self._now().send(item.subject, item.data, reply)
         except (nats.errors.Error, OSError, BusUnavailable) as error:
-            self.counters.dropped_publishes += 1
-            self._log_error(error)
+            self._lost(error)
+
+    def _lost(self, error: Exception) -> None:
+        self.counters.dropped_publishes += 1
+        self._log_error(error)
 
     def _pause_s(self) -> float:
         return random.uniform(*self.settings.reconnect_wait_s)

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from llmserve.bus.base import BusError, Follower
 from llmserve.bus.client import RawSubscription
@@ -22,8 +23,7 @@ _SILENCE_S = 3.0
 _NS = 1_000_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(msgspec.Struct, frozen=True):
     """Where a delivered message stands."""
 
     seq: int
@@ -196,11 +196,11 @@ class StreamFollower(Follower):
         """Flow control is answered here, after all that came before it was handled."""
         headers = message.headers or {}
         if message.reply:
-            self._connection.outbox.put(Outgoing(message.reply, b""))
+            self._connection.publish(Outgoing(message.reply, b""))
             return
         stalled = headers.get("Nats-Consumer-Stalled")
         if stalled:
-            self._connection.outbox.put(Outgoing(stalled, b""))
+            self._connection.publish(Outgoing(stalled, b""))
         elif int(headers.get("Nats-Last-Consumer", self._delivery)) > self._delivery:
             logger.warning("stream %s: deliveries were lost", self._stream)
             self.doubt()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import msgspec
@@ -82,8 +81,7 @@ class ApiError(BusError):
         self.failure = failure
 
 
-@dataclass(frozen=True, slots=True)
-class StoredMessage:
+class StoredMessage(msgspec.Struct, frozen=True):
     """A message read from a stream."""
 
     seq: int

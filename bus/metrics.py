@@ -22,7 +22,6 @@ _COUNTERS = {
     "reconnects": "Times that the connection came back",
     "dropped_publishes": "Messages given up while the server was away",
     "malformed": "Messages that could not be read",
-    "slow_consumer": "Messages dropped because this member did not keep up",
     "handler_errors": "Messages whose handling failed",
 }
 

@@ -94,7 +94,7 @@ class NatsBus(Bus):
     def publish(self, subject: str, message: Message, *, no_responders: Callable[[], None] | None = None) -> None:
         if self._connection.closed:
             raise BusUnavailable("the connection is closed")
-        self._connection.outbox.put(Outgoing(subject, encode(message), no_responders))
+        self._connection.publish(Outgoing(subject, encode(message), no_responders))
 
     async def subscribe(self, subject: str, handler: Handler) -> Subscription:
         def receive(message: Reply) -> None:

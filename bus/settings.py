@@ -27,9 +27,6 @@ class BusSettings:
     """Bounds of the pause between attempts to reconnect; each connection draws its own."""
     outbox_max_bytes: int = 64 << 20
     """Publishes kept while the server is away; the oldest are dropped beyond it."""
-    pending_max_messages: int = 65536
-    """Messages of one subscription received and not handled; more are dropped and counted as a slow consumer."""
-    pending_max_bytes: int = 64 << 20
     tls: BusTls | None = None
 
     @classmethod
@@ -50,5 +47,4 @@ class BusCounters:
     reconnects: int = 0
     dropped_publishes: int = 0
     malformed: int = 0
-    slow_consumer: int = 0
     handler_errors: int = 0

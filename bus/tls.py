@@ -6,10 +6,10 @@ import logging
 import ssl
 from urllib.parse import urlsplit
 
-from nats.aio.client import Client
 from nats.errors import Error
 
 from llmserve.bus.base import BusError
+from llmserve.bus.wire import DirectClient
 from llmserve.manifests.schema import BusTls
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ class PlainServer(Error):  # type: ignore[misc]
         super().__init__("the server does not ask for TLS, and the manifest does")
 
 
-class TlsClient(Client):  # type: ignore[misc]
+class TlsClient(DirectClient):
     """nats-py takes what the server offers; this one insists on TLS before it says anything."""
 
     async def _process_info(self, info: dict[str, object], initial_connection: bool = False) -> None:

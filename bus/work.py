@@ -126,7 +126,7 @@ class WorkTaker:
                 self._asked, self._asked_s = wanted, time.monotonic()
                 body = b'{"batch": %d, "expires": %d}' % (wanted, round(_PULL_S * 1e9))
                 subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.takers"
-                await self._connection.send(subject, body, self._inbox)
+                self._connection.send(subject, body, self._inbox)
             try:
                 async with asyncio.timeout(_PULL_S + 1):
                     await self._wake.wait()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import msgspec
+
 from llmserve.bus.messages import AttemptLost, Cancel, Grant, Rejected, Sync
 
 
-@dataclass(frozen=True, slots=True)
-class SendGrant:
+class SendGrant(msgspec.Struct, frozen=True):
     """Send work to a worker and report ``NoResponders`` if nobody takes it."""
 
     worker: str

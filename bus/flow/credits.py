@@ -105,12 +105,14 @@ class WorkerState:
 
     def has_room(self) -> bool:
         """Whether some request, however small, fits now."""
-        if not self.open or len(self.book) + len(self.strays) >= self.beat.slots:
+        beat, busy = self.beat, len(self.book) + len(self.strays)
+        if busy >= beat.slots or not self.open:
             return False
-        if self.alone and not self.holds:
+        if not busy and not self.holds:
             return True
-        tokens = self.alone or self.stage is not Stage.PREFILL or self.outstanding_tokens < self.beat.prefill_tokens
-        return tokens and (self.free_pages > 0 or not self.beat.pages_total)
+        if busy and self.stage is Stage.PREFILL and self.outstanding_tokens >= beat.prefill_tokens:
+            return False
+        return not beat.pages_total or self.free_pages > 0
 
     @property
     def outstanding_tokens(self) -> int:
@@ -118,13 +120,11 @@ class WorkerState:
         return self.work_tokens + self.stray_prompt_tokens
 
     def fits(self, entry: Entry, reserved_output_tokens: int, work: Callable[[Entry, WorkerState], int]) -> bool:
-        """Whether the request fits into the credit that is left; ``work``: prompt tokens that it would compute here.
+        """Whether the request fits into the credit of a worker that has room.
 
-        What it does not compute takes no credit, and a request whose prefix is here may overdraw it as long as it
+        ``work``: prompt tokens that it would compute here. What it does not compute takes no credit, and a request whose prefix is here may overdraw it as long as it
         would wait and compute less than the whole prompt.
         """
-        if not self.has_room():
-            return False
         if entry.is_suspect and any(other.is_suspect for other in self.book.values()):
             return False
         if self.stage is Stage.PREFILL and not self.alone:

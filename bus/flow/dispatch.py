@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+
+import msgspec
 
 from llmserve.bus.flow.budgets import moved_bytes
 from llmserve.bus.flow.credits import WorkerState
@@ -21,15 +22,13 @@ SCAN = 8
 """Heads that do not fit which one pass over a queue steps past."""
 
 
-@dataclass(frozen=True, slots=True)
-class Granted:
+class Granted(msgspec.Struct, frozen=True):
     entry: Entry
     worker: WorkerState
     waited_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Unservable:
+class Unservable(msgspec.Struct, frozen=True):
     entry: Entry
     message: str
 
@@ -47,10 +46,10 @@ class Dispatcher:
 
     def __init__(self, ledger: Ledger, rng: random.Random, placement: Placement) -> None:
         self._ledger = ledger
+        self._pools = Pools(ledger)
         self._placement = placement
         self._settings = ledger.settings
         self._rng = rng
-        self._pools = Pools(ledger)
         self._starved: Lanes | None = None
         """The lanes whose oldest head waits for a cluster-wide budget: they go first."""
         self._kv_left = math.inf
@@ -73,10 +72,9 @@ class Dispatcher:
             return decisions
         waiting.sort(key=lambda item: item[1] is not self._starved)
         self._starved = None
-        ahead, batch_ahead = self._pools.handoffs_ahead(), self._pools.batch_handoffs_ahead()
         for api, lanes in waiting:
-            interactive = self._pools.first_workers(api, ahead, batch=False)
-            batch = self._pools.first_workers(api, batch_ahead, batch=True) if lanes.batch.size else []
+            interactive = self._pools.first_workers(api, batch=False)
+            batch = self._pools.first_workers(api, batch=True) if lanes.batch.size else []
             if self._serve(lanes, interactive, batch, now_s, decisions):
                 self._starved = lanes
                 break
@@ -118,9 +116,12 @@ class Dispatcher:
         while room and (flow := queue.take(now_s)) is not None:
             worker = self._next(lanes, queue, flow, room, workers, now_s, decisions)
             if worker is not None:
-                if batch and lanes.batch.size:
-                    self._serve_due(lanes, batch, now_s, decisions)
-                room = [other for other in room if self._has_room(other, batch=is_batch)]
+                due = batch if lanes.batch.size else None
+                if due:
+                    self._serve_due(lanes, due, now_s, decisions)
+                # A grant takes room of its worker, and of all others only when their stage is full with it.
+                if due or not self._has_room(worker, batch=is_batch):
+                    room = [other for other in room if self._has_room(other, batch=is_batch)]
             elif flow.turn is not None:
                 aside.append(flow)
                 patient = self._patient(flow.turn, now_s)
@@ -164,11 +165,11 @@ class Dispatcher:
         assert entry is not None
         if not entry.counted and self._ledger.budgets.tenant_full(flow.tenant):
             queue.park(flow)
-        elif message := self._never(entry, workers):
-            decisions.append(Unservable(queue.serve(flow, 0.0), message))
         elif (worker := self._choose(entry, room, now_s)) is not None:
             decisions.append(self._grant(lanes, queue, flow, worker, now_s))
             return worker
+        elif message := self._never(entry, workers):
+            decisions.append(Unservable(queue.serve(flow, 0.0), message))
         elif entry.blocked_since_s is None:
             entry.blocked_since_s = now_s
         return None

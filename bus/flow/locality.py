@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from llmserve.bus.block_hashes import unpack_short
 from llmserve.bus.flow.credits import WorkerState
 from llmserve.bus.flow.prefix import Prefix
@@ -21,8 +23,7 @@ LOAD_COST = {Tier.GPU: 0.0, Tier.DRAM: 0.05, Tier.NVME: 0.35, Tier.S3: 0.6}
 """Time to load a token over the time to compute it, as long as a worker has not measured its own."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reuse:
+class Reuse(msgspec.Struct, frozen=True):
     """What one worker can do for one prompt."""
 
     tokens: dict[Tier, int]

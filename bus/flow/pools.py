@@ -24,9 +24,10 @@ class Pools:
             if worker.stage is Stage.DECODE and worker.beat.fingerprint == fingerprint
         ]
 
-    def first_workers(self, api: str, ahead: dict[str, int], *, batch: bool) -> list[WorkerState]:
+    def first_workers(self, api: str, *, batch: bool) -> list[WorkerState]:
         """Prefill workers only while their handoffs would find a decode worker within their lease."""
         queues = self._ledger.decode_queues
+        ahead: dict[str, int] | None = None
         workers = []
         for worker in self._ledger.workers.values():
             if worker.stage is Stage.DECODE or worker.beat.api != api:
@@ -34,6 +35,8 @@ class Pools:
             if worker.stage is Stage.WHOLE:
                 workers.append(worker)
                 continue
+            if ahead is None:
+                ahead = self._batch_handoffs_ahead() if batch else self._handoffs_ahead()
             fingerprint = worker.beat.fingerprint
             lanes = queues.get(fingerprint)
             waiting = 0 if lanes is None else (lanes.batch if batch else lanes.interactive).size
@@ -41,7 +44,7 @@ class Pools:
                 workers.append(worker)
         return workers
 
-    def handoffs_ahead(self) -> dict[str, int]:
+    def _handoffs_ahead(self) -> dict[str, int]:
         """Handoffs that may wait for decode workers, by fingerprint: a quarter of what these run at once, so that
         a wait is about a quarter of a request's time and far below a lease. None without a decode worker."""
         bound = self._settings.max_decode_concurrency
@@ -50,7 +53,7 @@ class Pools:
             fingerprint: max(LEAST_AHEAD, min(number, bound or number) // 4) for fingerprint, number in slots.items()
         }
 
-    def batch_handoffs_ahead(self) -> dict[str, int]:
+    def _batch_handoffs_ahead(self) -> dict[str, int]:
         """The same for batch work: one while interactive handoffs wait, which it can hardly overtake."""
         ahead = {}
         for fingerprint, number in self._decode_slots(self._settings.min_decode_slots).items():

@@ -19,6 +19,9 @@ class TenantSettings:
     """Requests in progress at once, in all stages together."""
 
 
+_UNNAMED = TenantSettings()
+
+
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
     """Settings of one deployment's router. None is no bound."""
@@ -84,7 +87,7 @@ class RouterSettings:
     """A larger encoded request is granted by its sequence alone."""
 
     def tenant(self, name: str) -> TenantSettings:
-        return self.tenants.get(name) or TenantSettings()
+        return self.tenants.get(name, _UNNAMED)
 
     @classmethod
     def from_manifest(cls, manifest: Manifest) -> RouterSettings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import time
@@ -12,6 +13,8 @@ import nats
 import pytest
 
 from llmserve.bus.base import BusError, BusUnavailable, QueueFull, StoredRequest
+from llmserve.bus.follower import StreamFollower
+from llmserve.bus.inbox import Reply
 from llmserve.bus.messages import AnyMessage, Cancel
 from llmserve.bus.nats import connect
 from llmserve.bus.server import EmbeddedServer
@@ -235,22 +238,41 @@ async def test_garbage_on_the_request_stream_is_counted_and_followed_past(
 
 
 async def test_a_follower_that_cannot_keep_up_misses_nothing(server: EmbeddedServer, join_nats: JoinNats) -> None:
-    accepting = await join_nats("gateway")
+    accepting, following = await join_nats("gateway"), await join_nats("router")
     await asyncio.gather(*(accepting.accept(a_request(f"r{i}"), "acme", "batch") for i in range(300)))
-    following = await join_nats("router", BusSettings(pending_max_messages=64))
     seen: list[int] = []
 
     def stall_at_first(stored: StoredRequest) -> None:
         seen.append(stored.seq)
         if len(seen) == 1:
-            # Meanwhile more arrives than the subscription holds.
-            time.sleep(0.2)
+            time.sleep(0.2)  # meanwhile the rest arrives
 
     follower = await following.follow(stall_at_first)
     async with asyncio.timeout(30):
         await follower.caught_up()
     assert seen == list(range(1, 301))
-    assert following.counters.slow_consumer > 0
+
+
+async def test_a_follower_gets_again_what_was_lost_on_the_way(server: EmbeddedServer, join_nats: JoinNats) -> None:
+    accepting, following = await join_nats("gateway"), await join_nats("router")
+    await asyncio.gather(*(accepting.accept(a_request(f"r{i}"), "acme", "batch") for i in range(300)))
+    seen: list[int] = []
+    follower = await following.follow(lambda stored: seen.append(stored.seq))
+    async with asyncio.timeout(30):
+        await follower.caught_up()
+    assert isinstance(follower, StreamFollower)
+    assert follower._raw is not None
+    deliver, number = follower._raw.callback, itertools.count()
+
+    def lose_some(message: Reply) -> None:
+        if next(number) % 4 != 1:
+            deliver(message)
+
+    follower._raw.callback = lose_some
+    await asyncio.gather(*(accepting.accept(a_request(f"s{i}"), "acme", "batch") for i in range(100)))
+    await until(lambda: len(seen) == 400)
+    assert seen == list(range(1, 401))
+    assert follower.recreations == 1
 
 
 async def test_a_follower_catches_up_when_what_it_waits_for_is_deleted(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from dataclasses import dataclass, field
+from functools import partial
 
+import nats.errors
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +16,7 @@ from llmserve.bus.follower import Place, parse_place
 from llmserve.bus.inbox import Disconnected, Inbox
 from llmserve.bus.outbox import Outbox, Outgoing
 from llmserve.bus.settings import BusCounters
+from llmserve.bus.wire import DirectClient
 
 
 @dataclass
@@ -89,3 +93,75 @@ def test_probes_that_were_received_are_forgotten() -> None:
     for _ in range(100):
         inbox.probe(lambda: None)
     assert len(inbox._probes) == 1
+
+
+LINES = (
+    b"MSG s.1 1 5\r\nhello\r\n"
+    b"PING\r\n"
+    b"MSG s.2 1 r.1 0\r\n\r\n"
+    b"HMSG s.3 1 r.2 34 36\r\nNATS/1.0 503 none\r\nNats-X: a:b\r\n\r\nhi\r\n"
+    b"+OK\r\n"
+    b"MSG s.4 2 4\r\ngone\r\n"
+    b"PONG\r\n"
+    b"-ERR 'Permissions Violation for Publish'\r\n"
+    b"HMSG s.5 1 16 19\r\nNATS/1.0 100\r\n\r\na\r\n\r\n"
+)
+
+
+@given(st.lists(st.integers(0, len(LINES)), max_size=12))
+async def test_a_message_is_read_whole_however_it_was_cut_on_its_way(cuts: list[int]) -> None:
+    client = DirectClient()
+    heard: list[tuple[str, str, bytes, dict[str, str] | None]] = []
+    client.handlers[b"1"] = lambda m: heard.append((m.subject, m.reply, m.data, m.headers))
+    told: list[str] = []
+
+    async def tell(what: str, *_: object) -> None:
+        told.append(what)
+
+    client._process_ping = partial(tell, "ping")
+    client._process_pong = partial(tell, "pong")
+    client._process_err = tell
+    edges = [0, *sorted(cuts), len(LINES)]
+    for begin, end in itertools.pairwise(edges):
+        await client._ps.parse(LINES[begin:end])
+    assert heard == [
+        ("s.1", "", b"hello", None),
+        ("s.2", "r.1", b"", None),
+        ("s.3", "r.2", b"hi", {"Status": "503", "Description": "none", "Nats-X": "a:b"}),
+        ("s.5", "", b"a\r\n", {"Status": "100"}),
+    ]
+    assert told == ["ping", "pong", "'permissions violation for publish'"]
+
+
+async def test_what_a_lost_connection_left_unread_is_not_read_into_the_next() -> None:
+    client = DirectClient()
+    heard: list[bytes] = []
+    client.handlers[b"1"] = lambda m: heard.append(m.data)
+    await client._ps.parse(b"MSG s 1 5\r\nhe")
+    client._ps.reset()
+    await client._ps.parse(b"MSG s 1 2\r\nok\r\n")
+
+    async def lose(_: str) -> None:
+        client._ps.reset()
+
+    client._process_err = lose
+    await client._ps.parse(b"-ERR 'Stale Connection'\r\nMSG s 1 3\r\nold\r\nMSG s 1 9\r\nha")
+    await client._ps.parse(b"MSG s 1 3\r\nnew\r\n")
+    assert heard == [b"ok", b"new"]
+
+
+@pytest.mark.parametrize(
+    "line", [b"MSG s 1\r\n", b"MSG s 1 x\r\n\r\n", b"HMSG s 1 2 y\r\n", b"HELLO\r\n", b"A" * 70000]
+)
+async def test_what_is_not_the_protocol_is_an_error(line: bytes) -> None:
+    with pytest.raises(nats.errors.ProtocolError):
+        await DirectClient()._ps.parse(line)
+
+
+@pytest.mark.parametrize(
+    ("subject", "reply", "headers"),
+    [("", "", None), ("a b", "", None), ("a\r\nPUB b", "", None), ("a", "r\n", None), ("a", "", {"k": "v\r\nx: y"})],
+)
+def test_what_would_be_another_command_is_not_sent(subject: str, reply: str, headers: dict[str, str] | None) -> None:
+    with pytest.raises((nats.errors.BadSubjectError, nats.errors.BadHeaderError)):
+        DirectClient().send(subject, b"", reply, headers)
