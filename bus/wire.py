@@ -161,6 +161,9 @@ class DirectParser(Parser):  # type: ignore[misc]
 class DirectClient(Client):  # type: ignore[misc]
     """A client whose subscriptions are made with ``listen``, and that sends with ``send``."""
 
+    _pending: list[bytes]
+    """The library's commands that its flusher has not written yet."""
+
     def __init__(self) -> None:
         self.handlers: dict[bytes, Deliver] = {}
         """By subscription id, as it stands in messages."""

@@ -122,8 +122,8 @@ class WorkerState:
     def fits(self, entry: Entry, reserved_output_tokens: int, work: Callable[[Entry, WorkerState], int]) -> bool:
         """Whether the request fits into the credit of a worker that has room.
 
-        ``work``: prompt tokens that it would compute here. What it does not compute takes no credit, and a request whose prefix is here may overdraw it as long as it
-        would wait and compute less than the whole prompt.
+        ``work``: prompt tokens that it would compute here. What it does not compute takes no credit, and a request
+        whose prefix is here may overdraw it as long as it would wait and compute less than the whole prompt.
         """
         if entry.is_suspect and any(other.is_suspect for other in self.book.values()):
             return False

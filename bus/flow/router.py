@@ -1,4 +1,4 @@
-"""The router: the core's events from the bus, its actions onto the bus."""
+"""The router: the core's events from the bus, and the leadership over a deployment."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import logging
 import random
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry
 
-from llmserve.bus.base import Bus, BusError, Follower, StoredRequest, Subscription
-from llmserve.bus.flow.actions import Action, AskSnapshot, Broadcast, CheckStored, Discard, NotifyGateway, SendGrant
+from llmserve.bus.base import Bus, BusError, Follower, Subscription
+from llmserve.bus.flow.carrier import RETRY_S, Carrier
 from llmserve.bus.flow.core import RouterCore
-from llmserve.bus.flow.events import Absent, Checked, Event, NoResponders, Reconnected, StreamRead, Tick
+from llmserve.bus.flow.events import Event, Reconnected, StreamRead, Tick
 from llmserve.bus.flow.metrics import FlowMetrics
 from llmserve.bus.flow.placement import Placement
 from llmserve.bus.flow.settings import RouterSettings
@@ -27,8 +27,6 @@ from llmserve.bus.messages import (
     HandedOff,
     Heartbeat,
     KvEvents,
-    KvResync,
-    Ping,
     Refused,
     Sync,
 )
@@ -43,9 +41,6 @@ READ_STREAM_S = 30.0
 LEADER_POLL_S = 1.0
 SYNC_POLL_S = 0.01
 SYNC_PING_S = 0.1
-RETRY_S = 0.5
-PARALLEL_CALLS = 32
-"""Requests to the bus at once, for discards and checks."""
 
 
 class Deposed(Exception):
@@ -87,8 +82,7 @@ class Router:
         self._wake_timer: asyncio.TimerHandle | None = None
         self._subscriptions: list[Subscription] = []
         self._follower: Follower | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._calls = asyncio.Semaphore(PARALLEL_CALLS)
+        self._carrier = Carrier(bus, member, self.metrics, self._handle)
         self._deposed: Deposed | None = None
         self._wake = asyncio.Event()
         self._stopped = False
@@ -109,7 +103,7 @@ class Router:
         subjects = self._bus.subjects
         for subject in (subjects.heartbeats, subjects.events, subjects.control, subjects.kv_events):
             self._subscriptions.append(await self._bus.subscribe(subject, self._on_message))
-        self._follower = await self._bus.follow(self._on_stored)
+        self._follower = await self._bus.follow(self._handle)
         self._subscriptions.append(self._follower)
         hook = weakref.WeakMethod(self._on_reconnect)
 
@@ -132,7 +126,7 @@ class Router:
         await self.listen()
         known = set(self.core.ledger.workers)
         self.core.begin(self._member, await self._bus.lead(self._member, over))
-        self._broadcast_sync()
+        self._bus.publish(self._bus.subjects.control, Sync(epoch=self.epoch, router=self._member))
         if self._follower is not None:
             await self._follower.caught_up()
         await self._read_stream()
@@ -159,7 +153,7 @@ class Router:
                         last_s = time.monotonic()
                         continue
                     self._handle(Tick())
-                    self._ping_members()
+                    self._carrier.ping_members(self.core.ledger)
                     ticks += 1
                     if ticks % 4 == 0:
                         self.metrics.update(self.core)
@@ -179,7 +173,7 @@ class Router:
             try:
                 router, epoch = await self._bus.leader()
             except BusError as error:
-                self._failed("leader", error)
+                self._carrier.failed("leader", error)
                 await asyncio.sleep(RETRY_S)
                 continue
             if epoch > self.epoch:
@@ -197,11 +191,9 @@ class Router:
             try:
                 await subscription.unsubscribe()
             except BusError as error:
-                self._failed("unsubscribe", error)
+                self._carrier.failed("unsubscribe", error)
         self._subscriptions.clear()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._carrier.stop()
 
     # -- events in ------------------------------------------------------------------------------------------------
 
@@ -214,9 +206,6 @@ class Router:
         elif isinstance(message, Accepted | Refused | HandedOff | Finished | Failed | Heartbeat | KvEvents | Cancel):
             self._handle(message)
 
-    def _on_stored(self, stored: StoredRequest) -> None:
-        self._handle(stored)
-
     async def _on_reconnect(self) -> None:
         self._handle(Reconnected())
 
@@ -224,10 +213,11 @@ class Router:
         if self._stopped or self._deposed is not None:
             return
         try:
-            self._act(self.core.handle(event, self._clock()))
+            self._carrier.act(self.core.handle(event, self._clock()), leads=self.leads)
         except Exception as error:  # an error here must not end the subscription that called
-            self._failed(type(event).__name__, error)
-        self._schedule_pump()
+            self._carrier.failed(type(event).__name__, error)
+        if not isinstance(event, Accepted):  # which makes no room
+            self._schedule_pump()
 
     def _schedule_pump(self) -> None:
         if self._granting and not self._pump_due:
@@ -240,10 +230,10 @@ class Router:
             return
         try:
             now_s = self._clock()
-            self._act(self.core.dispatch(now_s))
+            self._carrier.act(self.core.dispatch(now_s), leads=self.leads)
             self._wake_at(now_s)
         except Exception as error:  # as above
-            self._failed("dispatch", error)
+            self._carrier.failed("dispatch", error)
 
     def _wake_at(self, now_s: float) -> None:
         """Dispatch again when the core says so, though nothing happens before."""
@@ -254,86 +244,7 @@ class Router:
             loop = asyncio.get_running_loop()
             self._wake_timer = loop.call_later(max(0.0, self.core.wake_s - now_s), self._schedule_pump)
 
-    # -- actions out ----------------------------------------------------------------------------------------------
-
-    def _act(self, actions: Iterable[Action]) -> None:
-        for action in actions:
-            if not self.leads and not isinstance(action, CheckStored):
-                continue  # the leader does it
-            try:
-                self._carry_out(action)
-            except BusError as error:
-                self._failed(type(action).__name__, error)
-
-    def _carry_out(self, action: Action) -> None:
-        subjects = self._bus.subjects
-        if isinstance(action, SendGrant):
-            self._send_grant(action)
-        elif isinstance(action, NotifyGateway):
-            self._bus.publish(subjects.gateway(action.gateway), action.message)
-        elif isinstance(action, Broadcast):
-            self._bus.publish(subjects.control, action.message)
-        elif isinstance(action, AskSnapshot):
-            self._bus.publish(subjects.kv_resync(action.member), KvResync(router=self._member))
-        elif isinstance(action, Discard):
-            self._spawn(self._discard(action.seq))
-        elif isinstance(action, CheckStored):
-            self._spawn(self._check_stored(action.seq))
-
-    def _send_grant(self, action: SendGrant) -> None:
-        self.metrics.granted(action)
-        worker, seq = action.worker, action.grant.seq
-        nobody = NoResponders(worker, seq)
-        self._bus.publish(self._bus.subjects.work(worker), action.grant, no_responders=lambda: self._handle(nobody))
-
-    def _ping_members(self) -> None:
-        """Find out who is gone before its silence tells."""
-        ping = Ping(member=self._member)
-        subjects, ledger = self._bus.subjects, self.core.ledger
-        places = [(name, subjects.work(name)) for name in ledger.workers]
-        places += [(name, subjects.gateway(name)) for name in ledger.gateways]
-        for name, subject in places:
-            self._ping(subject, ping, Absent(name))
-
-    def _ping(self, subject: str, ping: Ping, absent: Absent) -> None:
-        try:
-            self._bus.publish(subject, ping, no_responders=lambda: self._handle(absent))
-        except BusError as error:
-            self._failed("ping", error)
-
-    async def _discard(self, seq: int) -> None:
-        """Until it is done: nobody else would take the request off the stream."""
-        while True:
-            try:
-                async with self._calls:
-                    await self._bus.discard(seq)
-                return
-            except BusError as error:
-                self._failed("Discard", error)
-                await asyncio.sleep(RETRY_S)
-
-    async def _check_stored(self, seq: int) -> None:
-        stored: bool | None = None
-        try:
-            async with self._calls:
-                stored = await self._bus.fetch(seq) is not None
-        except BusError as error:
-            self._failed("CheckStored", error)
-        self._handle(Checked(seq, stored))
-
-    def _spawn(self, call: Coroutine[None, None, None]) -> None:
-        task = asyncio.get_running_loop().create_task(call)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def _failed(self, what: str, error: Exception) -> None:
-        self.metrics.failed(what)
-        logger.error("router %s: %s failed: %s", self._member, what, error, exc_info=not isinstance(error, BusError))
-
     # -- leadership -----------------------------------------------------------------------------------------------
-
-    def _broadcast_sync(self) -> None:
-        self._bus.publish(self._bus.subjects.control, Sync(epoch=self.epoch, router=self._member))
 
     async def _synced(self, known: set[str]) -> None:
         """Return once nothing that runs somewhere can be granted again: every worker answered, or time is up.
@@ -348,7 +259,7 @@ class Router:
             if known and not members.unanswered(self.epoch):
                 return
             if self._clock() >= ping_s:  # who died with the old leader does not answer
-                self._ping_members()
+                self._carrier.ping_members(self.core.ledger)
                 ping_s = self._clock() + SYNC_PING_S
             await asyncio.sleep(SYNC_POLL_S)
 
@@ -369,7 +280,7 @@ class Router:
             try:
                 await self._read_stream()
             except BusError as error:
-                self._failed("contents", error)
+                self._carrier.failed("contents", error)
 
     async def _watch_leader(self) -> None:
         while True:
@@ -377,7 +288,7 @@ class Router:
             try:
                 router, epoch = await self._bus.leader()
             except BusError as error:
-                self._failed("leader", error)
+                self._carrier.failed("leader", error)
                 continue
             if epoch > self.epoch:
                 self._stand_down(Deposed(router, epoch))
