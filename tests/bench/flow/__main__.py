@@ -4,9 +4,12 @@ Adds to ``build/bench/flow.json``: ``share_error_simulated``, ``lag_over_bound``
 ``victim_p99_ratio`` (p99 wait beside a flood over the one alone on the part of the pool that is the victim's),
 ``victim_p99_wait_s``, ``victim_entitled_p99_wait_s``, ``victim_p99_ttft_ratio`` and ``victim_p99_end_ratio`` (time to
 the end of the prompt, and of all, beside the flood over without it on the whole pool), ``srpt_mean_wait_ratio``,
-``srpt_longest_wait_s``, ``slo_met``, ``dispatch_per_s`` and ``tenants_5000_rate_ratio``, the whole table under
+``srpt_longest_wait_s``, ``slo_met``, ``dispatch_per_s``, ``tenants_5000_rate_ratio``, the CPU time of an arrival and
+of a decision with 10 and 5,000 tenants (``arrival_us``, ``tenants_5000_arrival_us``, ...), the whole table under
 ``table``; and from the real router and bus ``share_error``, ``dispatch_p50_ms`` and ``dispatch_p99_ms`` (publish to
-worker-has-it), beside ``stored_p50_ms`` and ``stored_p99_ms`` (publish to the server's acknowledgement).
+worker-has-it), beside ``stored_*_ms`` (publish to the server's acknowledgement) and ``floor_*_ms`` (the same hops
+through nats-py, with nothing decided), ``dispatch_over_floor`` and ``router_us_per_request``, the CPU time of the
+router's process.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from tests.bench.flow import arrivals
 from tests.bench.flow.arrivals import TRACE, Job, Scenario
 from tests.bench.flow.figures import jain, lag_over_bound, mean, percentile, share_error, times_s, ttfts_s, waits_s
 from tests.bench.flow.policies import POLICIES, Policy
-from tests.bench.flow.rate import rates
+from tests.bench.flow.rate import costs
 from tests.bench.flow.real import measure
 from tests.bench.flow.simulate import Run, simulate
 from tests.processes import ROOT
@@ -132,7 +135,7 @@ def headline(table: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
     ours = {name: rows["ours"] for name, rows in table.items()}
     flood = next(rows for rows in ours.values() if "victim_p99_ratio" in rows)
     bimodal = next(rows for name, rows in table.items() if name.startswith("bimodal"))
-    few, many = rates()
+    few, many = costs()
     return {
         "share_error_simulated": next(rows["share_error"] for rows in ours.values() if "share_error" in rows),
         "lag_over_bound": max(rows["lag_over_bound"] for rows in ours.values() if "lag_over_bound" in rows),
@@ -140,8 +143,12 @@ def headline(table: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
         "srpt_mean_wait_ratio": bimodal["ours"]["mean_s"] / bimodal["FCFS"]["mean_s"],
         "srpt_longest_wait_s": bimodal["ours"]["longest_s"],
         "slo_met": next(rows["slo_met"] for rows in ours.values() if "slo_met" in rows),
-        "dispatch_per_s": few,
-        "tenants_5000_rate_ratio": many / few,
+        "dispatch_per_s": few.rate,
+        "tenants_5000_rate_ratio": many.rate / few.rate,
+        "arrival_us": few.arrival_us,
+        "decision_us": few.decision_us,
+        "tenants_5000_arrival_us": many.arrival_us,
+        "tenants_5000_decision_us": many.decision_us,
     }
 
 

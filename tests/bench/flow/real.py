@@ -1,7 +1,7 @@
 """The real router and bus: shares of backlogged tenants, and how long a request takes from the gateway to a worker.
 
-Three processes: a nats-server, the router, and this one, which plays gateway and workers over the bus protocol. The
-workers compute nothing: a request holds its slot for a time in proportion to its cost.
+Three processes: a nats-server, the router, and this one, which plays gateway and workers. How long the same way takes
+through the same server when nothing is decided on it is the floor: ``floor.py``.
 """
 
 from __future__ import annotations
@@ -9,44 +9,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import multiprocessing
 import random
 import tempfile
 import time
-from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import uvloop
 
-from llmserve.bus.flow.router import Router
-from llmserve.bus.flow.settings import RouterSettings, TenantSettings
-from llmserve.bus.messages import (
-    Accepted,
-    AnyMessage,
-    Finished,
-    Grant,
-    Heartbeat,
-    Reason,
-    Request,
-    Result,
-    Role,
-    Running,
-    Sync,
-    decode,
-)
-from llmserve.bus.nats import NatsBus, connect
 from llmserve.bus.server import EmbeddedServer
 from tests.bench.flow.figures import percentile
-from tests.bus.flow.world import beat
+from tests.bench.flow.floor import floor
+from tests.bench.flow.pool import WEIGHTS, Job, pool
 
-DEPLOYMENT = "bench"
-GATEWAY = "g0"
-WEIGHTS = {"a": 1.0, "b": 1.0, "c": 2.0, "d": 4.0}
 SIZES = {"a": (200, 100), "b": (400, 40), "c": (100, 120), "d": (300, 50)}
 """Mean prompt and output tokens; each from half to one and a half of it."""
-MAX_TOKENS = 256
 SHARE_SLOTS = (4, 4)
 """Workers, slots of each."""
 COST_PER_S = 9000.0
@@ -55,184 +32,6 @@ WARM_S, SHARE_S = 4.0, 24.0
 OUTSTANDING = 48
 """Requests that each tenant keeps on the stream."""
 RATE, RATE_S = 1000.0, 8.0
-BEAT_S = 0.25
-
-
-async def route(url: str, token: str) -> None:
-    bus = await connect(url, token, DEPLOYMENT, member="router")
-    tenants = {name: TenantSettings(weight=weight) for name, weight in WEIGHTS.items()}
-    router = Router(bus, RouterSettings(tenants=tenants), "router", rng=random.Random(1))
-    await router.start()
-    await router.run()
-
-
-def router_process(url: str, token: str) -> None:
-    uvloop.run(route(url, token))
-
-
-@dataclass
-class Job:
-    """A request of this bench, and when what happened to it."""
-
-    tenant: str
-    prompt_tokens: int
-    output_tokens: int
-    sent_s: float = 0.0
-    stored_s: float = math.inf
-    """Its gateway knows that it is on the stream."""
-    got_s: float = math.inf
-    ended_s: float = math.inf
-
-    @property
-    def cost(self) -> int:
-        return self.prompt_tokens + 2 * self.output_tokens
-
-
-@dataclass
-class Pool:
-    """A gateway and the workers, as far as a router can see."""
-
-    gateway: NatsBus
-    bus: NatsBus
-    """The workers'."""
-    workers: int
-    slots: int
-    seconds_per_cost: float
-    jobs: dict[str, Job] = field(default_factory=dict)
-    running: dict[str, dict[int, Running]] = field(default_factory=dict)
-    epoch: int = 0
-    ended: asyncio.Queue[Job] = field(default_factory=asyncio.Queue)
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
-
-    async def join(self) -> None:
-        for number in range(self.workers):
-            name = f"w{number}"
-            self.running[name] = {}
-            await self.bus.subscribe(self.bus.subjects.work(name), partial(self.hear, name))
-        await self.gateway.subscribe(self.gateway.subjects.gateway(GATEWAY), lambda message: None)
-        await self.bus.subscribe(self.bus.subjects.control, self.sync)
-        await self.gateway.flush()
-        await self.bus.flush()
-        self.keep(self.beats())
-
-    async def leave(self) -> None:
-        for task in list(self.tasks):
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
-
-    def keep(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    async def send(self, job: Job) -> None:
-        request_id = f"q{len(self.jobs)}"
-        self.jobs[request_id] = job
-        request = Request(
-            request_id=request_id,
-            gateway=GATEWAY,
-            attempt=0,
-            created_s=time.time(),
-            prompt_tokens=job.prompt_tokens,
-            max_tokens=MAX_TOKENS,
-            api="a1",
-            body=bytes(4 * job.prompt_tokens),
-        )
-        job.sent_s = time.monotonic()
-        await self.gateway.accept(request, job.tenant, "interactive")
-        job.stored_s = time.monotonic()
-
-    def hear(self, worker: str, message: AnyMessage) -> None:
-        if not isinstance(message, Grant):
-            return
-        got_s = time.monotonic()
-        request = decode(message.request)
-        assert isinstance(request, Request)
-        job = self.jobs[request.request_id]
-        assert job.got_s == math.inf, f"{request.request_id} was granted twice"
-        job.got_s = got_s
-        self.running[worker][message.seq] = Running(
-            seq=message.seq,
-            attempt=0,
-            stage=message.stage,
-            tenant=job.tenant,
-            prompt_tokens=job.prompt_tokens,
-            max_tokens=MAX_TOKENS,
-        )
-        accepted = Accepted(worker=worker, seq=message.seq, attempt=0, stage=message.stage, epoch=message.epoch)
-        self.bus.publish(self.bus.subjects.events, accepted)
-        self.keep(self.serve(worker, message, request.request_id, job))
-
-    async def serve(self, worker: str, grant: Grant, request_id: str, job: Job) -> None:
-        await asyncio.sleep(job.cost * self.seconds_per_cost)
-        job.ended_s = time.monotonic()
-        result = Result(
-            request_id=request_id,
-            attempt=0,
-            worker=worker,
-            reason=Reason.STOP,
-            prompt_tokens=job.prompt_tokens,
-            output_tokens=job.output_tokens,
-        )
-        await self.bus.finish(grant.seq, job.tenant, result)
-        del self.running[worker][grant.seq]
-        finished = Finished(
-            worker=worker,
-            seq=grant.seq,
-            request_id=request_id,
-            attempt=0,
-            stage=grant.stage,
-            reason=Reason.STOP,
-            prompt_tokens=job.prompt_tokens,
-            output_tokens=job.output_tokens,
-        )
-        self.bus.publish(self.bus.subjects.events, finished)
-        self.ended.put_nowait(job)
-
-    def sync(self, message: AnyMessage) -> None:
-        if isinstance(message, Sync):
-            self.epoch = message.epoch
-            self.beat()
-
-    def beat(self) -> None:
-        subject = self.bus.subjects.heartbeats
-        self.gateway.publish(subject, Heartbeat(member=GATEWAY, role=Role.GATEWAY, host="h", pid=1))
-        for name, running in self.running.items():
-            lines = list(running.values())
-            self.bus.publish(
-                subject,
-                beat(name, Role.BOTH, slots=self.slots, pages_total=0, epoch=self.epoch, running=lines),
-            )
-
-    async def beats(self) -> None:
-        while True:
-            self.beat()
-            await asyncio.sleep(BEAT_S)
-
-
-@contextlib.asynccontextmanager
-async def pool(server: EmbeddedServer, workers: int, slots: int, seconds_per_cost: float) -> AsyncIterator[Pool]:
-    """With a router of its own in another process, which has heard of the workers."""
-    gateway = await connect(server.url, server.token, DEPLOYMENT, member=GATEWAY)
-    bus = await connect(server.url, server.token, DEPLOYMENT, member="workers")
-    members = Pool(gateway, bus, workers, slots, seconds_per_cost)
-    await members.join()
-    process = multiprocessing.get_context("spawn").Process(
-        target=router_process, args=(server.url, server.token), daemon=True
-    )
-    process.start()
-    try:
-        async with asyncio.timeout(30):
-            while not members.epoch:
-                await asyncio.sleep(0.05)
-        await asyncio.sleep(1.5)
-        yield members
-    finally:
-        process.kill()
-        process.join()
-        await members.leave()
-        await gateway.close()
-        await bus.close()
 
 
 def draw(rng: random.Random, tenant: str) -> Job:
@@ -265,44 +64,51 @@ async def share_error(server: EmbeddedServer) -> tuple[float, float]:
     return max(abs(served[tenant] / shares[tenant] - 1) for tenant in WEIGHTS), number / SHARE_S
 
 
-async def dispatch(server: EmbeddedServer) -> tuple[list[float], list[float]]:
-    """Seconds from the gateway's publish to the worker's hands, at ``RATE`` requests a second and free slots; and
-    for comparison to the server's acknowledgement."""
+async def dispatch(server: EmbeddedServer) -> dict[str, float]:
+    """From the gateway's publish to the worker's hands, at ``RATE`` requests a second and free slots; for comparison
+    to the server's acknowledgement, and over the same hops with nothing decided."""
     rng = random.Random(2)
     async with pool(server, 4, 64, 1e-5) as members:
-        begun_s = time.monotonic()
+        cpu_s, begun_s = members.router_cpu_s(), time.monotonic()
         for number in range(int(RATE * RATE_S)):
             await asyncio.sleep(max(0.0, begun_s + number / RATE - time.monotonic()))
             members.keep(members.send(Job(rng.choice("abcd"), 64, 16)))
         async with asyncio.timeout(30):
             for _ in range(int(RATE * RATE_S)):
                 await members.ended.get()
-        took_s = time.monotonic() - begun_s
-        print(f"\npublish to worker: {RATE:g} requests/s sent, {RATE * RATE_S / took_s:.0f}/s ended")
+        took_s, cpu_s = time.monotonic() - begun_s, members.router_cpu_s() - cpu_s
     jobs = [job for job in members.jobs.values() if job.sent_s > begun_s + 1.0]
-    return [job.got_s - job.sent_s for job in jobs], [job.stored_s - job.sent_s for job in jobs]
+    times_s = {
+        "dispatch": [job.got_s - job.sent_s for job in jobs],
+        "stored": [job.stored_s - job.sent_s for job in jobs],
+        "floor": await floor(server, RATE, RATE_S),
+    }
+    figures = {
+        f"{name}_p{percent}_ms": 1000 * percentile(values, percent / 100)
+        for name, values in times_s.items()
+        for percent in (50, 99)
+    }
+    figures["dispatch_over_floor"] = figures["dispatch_p50_ms"] / figures["floor_p50_ms"]
+    figures["router_us_per_request"] = 1e6 * cpu_s / (RATE * RATE_S)
+    print(f"\npublish to worker: {RATE:g} requests/s sent, {RATE * RATE_S / took_s:.0f}/s ended")
+    return figures
 
 
 def measure() -> dict[str, float]:
     """Figures for ``flow.json``."""
-    figures: dict[str, float] = {}
-    for name in ("share", "dispatch"):
-        with tempfile.TemporaryDirectory(prefix="llmserve-bench-") as folder:
-            server = EmbeddedServer(Path(folder))
-            server.start()
-            try:
-                if name == "share":
-                    error, rate = uvloop.run(share_error(server))
-                    print(
-                        f"\nfour backlogged tenants over the real bus: share error {error:.3%}, {rate:.0f} requests/s"
-                    )
-                    figures["share_error"] = error
-                else:
-                    waits_s, acks_s = uvloop.run(dispatch(server))
-                    figures["dispatch_p50_ms"] = 1000 * percentile(waits_s, 0.5)
-                    figures["dispatch_p99_ms"] = 1000 * percentile(waits_s, 0.99)
-                    figures["stored_p50_ms"] = 1000 * percentile(acks_s, 0.5)
-                    figures["stored_p99_ms"] = 1000 * percentile(acks_s, 0.99)
-            finally:
-                server.stop()
-    return figures
+    with fresh_server() as server:
+        error, rate = uvloop.run(share_error(server))
+    print(f"\nfour backlogged tenants over the real bus: share error {error:.3%}, {rate:.0f} requests/s")
+    with fresh_server() as server:
+        return {"share_error": error} | uvloop.run(dispatch(server))
+
+
+@contextlib.contextmanager
+def fresh_server() -> Iterator[EmbeddedServer]:
+    with tempfile.TemporaryDirectory(prefix="llmserve-bench-") as folder:
+        server = EmbeddedServer(Path(folder))
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
