@@ -32,7 +32,7 @@ class Budgets:
         if not entry.counted:
             entry.counted = True
             self.tokens_in_flight += entry.bound_tokens
-            self.in_progress[entry.tenant] += 1
+            self.in_progress[entry.tenant] = self.in_progress.get(entry.tenant, 0) + 1
 
     def uncount(self, entry: Entry) -> bool:
         """Returns whether the tenant stood at its bound until now."""
@@ -41,8 +41,10 @@ class Budgets:
         entry.counted = False
         at_bound = self.tenant_full(entry.tenant)
         self.tokens_in_flight -= entry.bound_tokens
-        self.in_progress[entry.tenant] -= 1
-        if not self.in_progress[entry.tenant]:
+        left = self.in_progress[entry.tenant] - 1
+        if left:
+            self.in_progress[entry.tenant] = left
+        else:
             del self.in_progress[entry.tenant]
         return at_bound
 

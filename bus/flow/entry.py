@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -103,8 +104,9 @@ class Entry:
         request = stored.request
         return cls(
             seq=stored.seq,
-            tenant=stored.tenant,
-            klass=stored.klass,
+            # Each message brings strings of its own: with one for all, look-ups need not compare them.
+            tenant=sys.intern(stored.tenant),
+            klass=sys.intern(stored.klass),
             request_id=request.request_id,
             gateway=request.gateway,
             attempt=request.attempt,
