@@ -18,11 +18,15 @@ class CacheSalts:
     def __init__(self, deployment: str, sharing: Mapping[str, Sequence[str]]) -> None:
         self._key = deployment.encode()
         self._owners = {tenant: f"group/{group}" for group, members in sharing.items() for tenant in members}
+        self._known: dict[str, bytes] = {}
 
     def owner(self, tenant: str) -> bytes:
         """The tenant's own; that of its group if it shares."""
-        name = self._owners.get(tenant) or f"tenant/{tenant}"
-        return hmac.digest(self._key, name.encode(), hashlib.sha256)
+        salt = self._known.get(tenant)
+        if salt is None:
+            name = self._owners.get(tenant) or f"tenant/{tenant}"
+            salt = self._known[tenant] = hmac.digest(self._key, name.encode(), hashlib.sha256)
+        return salt
 
     def worker_salt(self, tenant: str, body_salt: str | None) -> str:
         """What a worker makes of a body's salt: the one that its pages are named by."""

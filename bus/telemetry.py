@@ -49,6 +49,8 @@ class TextLines(logging.Formatter):
 
 def configure_logging(level: int = logging.INFO, *, json: bool, filters: tuple[logging.Filter, ...] = ()) -> None:
     """Have the process write its log to standard error, one record a line."""
+    # No line shows them, and each record would look them up.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if json else TextLines())
     for log_filter in filters:

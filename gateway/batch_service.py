@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from llmserve.bus.base import BusError
 from llmserve.bus.nats import NatsBus
@@ -27,13 +28,21 @@ class BatchService:
     """``start`` makes the streams and begins to take work."""
 
     def __init__(
-        self, manifest: Manifest, bus: NatsBus, member_id: str, app: FastAPI, access: Access, metrics: GatewayMetrics
+        self,
+        manifest: Manifest,
+        bus: NatsBus,
+        member_id: str,
+        app: FastAPI,
+        front: ASGIApp,
+        access: Access,
+        metrics: GatewayMetrics,
     ) -> None:
+        """``app`` gets the routes of files and batches, ``front`` answers the requests in them."""
         self._bus = bus
         self._tenants = _tenants(manifest)
         concurrency = manifest.spec.gateway.batch.concurrency
         store = BatchStore(bus.jetstream, bus.subjects)
-        executor = Executor(app, access.may_use_model, access.limits.of, metrics)
+        executor = Executor(front, access.may_use_model, access.limits.of, metrics)
         self._runner = BatchRunner(store, executor, member_id, metrics, concurrency)
         self._submissions = Submissions(bus.connection, bus.jetstream, bus.subjects, store, executor, concurrency)
         self._changing: asyncio.Task[None] | None = None

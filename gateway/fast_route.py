@@ -1,7 +1,7 @@
 """The short way of a streamed request to vLLM's serving classes, past FastAPI.
 
 It reads the same body with the same models, and calls the same method, as vLLM's route does. Whatever is not a valid
-streamed request takes vLLM's route, from which the answer then comes.
+streamed request takes vLLM's route, from which the answer then comes; so does an error come from vLLM's handlers.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
+from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
-from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
@@ -28,12 +29,13 @@ Create = Callable[[Any, Request], Awaitable[Any]]
 
 
 class FastRoute:
-    """One path: ``create`` is the method of the serving class, ``slow`` vLLM's route."""
+    """One path: ``create`` is the method of the serving class, ``app`` vLLM's server."""
 
-    def __init__(self, model: type[BaseModel], create: Create, slow: ASGIApp) -> None:
+    def __init__(self, model: type[BaseModel], create: Create, app: FastAPI, failed: ASGIApp) -> None:
         self._model = model
         self._create = create
-        self._slow = slow
+        self._app = app
+        self._failed = failed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await _read(receive)
@@ -43,11 +45,16 @@ class FastRoute:
         small_request.set(len(body) <= INLINE_BYTES)
         request = self._parse(scope, body)
         if request is None:
-            await self._slow(scope, _replayed(body, receive), send)
+            await self._app(scope, _replayed(body, receive), send)
             return
+        scope["app"] = self._app
         presence = Presence(receive)
         try:
-            response = await presence.cancels(self._accepted(request, Request(scope, receive, send)))
+            try:
+                response = await presence.cancels(self._accepted(request, Request(scope, receive, send)))
+            except Exception as error:
+                await self._failed({**scope, _ERROR: error}, receive, send)
+                return
             if isinstance(response, FastStream):
                 await response.serve(scope, presence, send)
         finally:
@@ -77,20 +84,47 @@ class FastRoute:
         return StreamingResponse(made, media_type="text/event-stream")
 
 
-def install_fast_routes(app: FastAPI) -> None:
-    """Put the short way before vLLM's routes of chat and completions."""
+class FastRoutes:
+    """The short way for the paths that have one, ``app`` for everything else."""
+
+    def __init__(self, app: FastAPI, ways: dict[str, FastRoute]) -> None:
+        self._app = app
+        self._ways = ways
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        way = self._ways.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        await (self._app if way is None else way)(scope, receive, send)
+
+
+def fast_routes(app: FastAPI) -> FastRoutes:
+    """The short way before vLLM's routes of chat and completions."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-    ways: list[tuple[str, type[BaseModel], Create]] = [
-        ("/v1/chat/completions", ChatCompletionRequest, app.state.openai_serving_chat.create_chat_completion),
-        ("/v1/completions", CompletionRequest, app.state.openai_serving_completion.create_completion),
-    ]
-    for path, model, create in ways:
-        slow = next(route.app for route in app.router.routes if getattr(route, "path", "") == path)  # type: ignore[attr-defined]
-        endpoint = FastRoute(model, create, slow)
-        # The schema's document has vLLM's.
-        app.router.routes.insert(0, Route(path, endpoint, methods=["POST"], include_in_schema=False))
+    chat, completion = app.state.openai_serving_chat, app.state.openai_serving_completion
+    failed = _failed(app)
+    ways = {
+        "/v1/chat/completions": FastRoute(ChatCompletionRequest, chat.create_chat_completion, app, failed),
+        "/v1/completions": FastRoute(CompletionRequest, completion.create_completion, app, failed),
+    }
+    return FastRoutes(app, ways)
+
+
+_ERROR = "llmserve.error"
+"""Key of the scope of a request that has failed."""
+
+
+def _failed(app: FastAPI) -> ASGIApp:
+    """Answers as ``app`` would if a route of its raised the error."""
+
+    async def raises(scope: Scope, receive: Receive, send: Send) -> None:
+        error: Exception = scope[_ERROR]
+        raise error
+
+    # As Starlette stacks them.
+    handlers = dict(app.exception_handlers)
+    unexpected = handlers.pop(500, None) or handlers.pop(Exception, None)
+    return ServerErrorMiddleware(ExceptionMiddleware(raises, handlers=handlers), handler=unexpected)
 
 
 async def _read(receive: Receive) -> bytes | None:

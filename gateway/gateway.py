@@ -160,7 +160,13 @@ class Gateway:
         await self._reloader.start()
         if isinstance(self._bus, NatsBus):
             service = BatchService(
-                self._manifest, self._bus, self._member_id, self._vllm.app, self._access, self._metrics
+                self._manifest,
+                self._bus,
+                self._member_id,
+                self._vllm.app,
+                self._vllm.front,
+                self._access,
+                self._metrics,
             )
             await service.start()
             self._batches = service
@@ -173,7 +179,7 @@ class Gateway:
             gateway.body_timeout_s,
             gateway.request_timeout_s,
         )
-        return GatewayMiddleware(self._vllm.app, self._access, self._readiness, self._metrics, bounds)
+        return GatewayMiddleware(self._vllm.front, self._access, self._readiness, self._metrics, bounds)
 
     async def serve(self) -> None:
         """Answer requests until ``stop`` is called."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from contextvars import ContextVar
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 INLINE_BYTES = 4096
 """Longest request body whose template and tokenization, below a millisecond, may hold up the event loop."""
@@ -26,12 +27,14 @@ class InlineExecutor(Executor):
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         if not small_request.get():
             return self._pool.submit(fn, *args, **kwargs)
-        future: Future[T] = Future()
+        # The loop's own: ``run_in_executor`` passes it on as it is, where a thread's future would wake the loop
+        # through a file, two turns of it for each piece of work.
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         try:
             future.set_result(fn(*args, **kwargs))
         except Exception as error:
             future.set_exception(error)
-        return future
+        return cast("Future[T]", future)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         self._pool.shutdown(wait, cancel_futures=cancel_futures)

@@ -14,6 +14,7 @@ class GatewayMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._tenants: dict[str, TenantMetrics] = {}
+        self._answers: dict[tuple[str, str, int], Counter] = {}
         tenant = ["tenant"]
         self.ttft = Histogram(
             "llmserve_time_to_first_token_seconds",
@@ -117,8 +118,11 @@ class GatewayMetrics:
 
     def answered(self, tenant: str, outcome: str, status: int, duration_s: float) -> None:
         """``status`` 0: no response was started."""
-        self.requests.labels(tenant, outcome, str(status)).inc()
-        self.end_to_end.labels(tenant).observe(duration_s)
+        answers = self._answers.get((tenant, outcome, status))
+        if answers is None:
+            answers = self._answers[tenant, outcome, status] = self.requests.labels(tenant, outcome, str(status))
+        answers.inc()
+        self.of_tenant(tenant).answered(duration_s)
 
 
 class TenantMetrics:
@@ -126,6 +130,7 @@ class TenantMetrics:
 
     def __init__(self, metrics: GatewayMetrics, tenant: str) -> None:
         self._ttft = metrics.ttft.labels(tenant)
+        self._end_to_end = metrics.end_to_end.labels(tenant)
         self._inter_token = metrics.inter_token.labels(tenant)
         self._decode_rate = metrics.decode_rate.labels(tenant)
         self._prompt_tokens = metrics.prompt_tokens.labels(tenant)
@@ -134,6 +139,9 @@ class TenantMetrics:
 
     def accepted(self, prompt_tokens: int) -> None:
         self._prompt_tokens.inc(prompt_tokens)
+
+    def answered(self, duration_s: float) -> None:
+        self._end_to_end.observe(duration_s)
 
     def first_tokens(self, ttft_s: float, cached_tokens: int) -> None:
         self._ttft.observe(ttft_s)

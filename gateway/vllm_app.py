@@ -15,6 +15,7 @@ from llmserve.manifests.schema import Manifest
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from starlette.types import ASGIApp
     from vllm.config import VllmConfig
 
     from llmserve.gateway.engine_client import BusEngineClient
@@ -28,6 +29,8 @@ class VllmApp:
     """The server, and what must be stopped with it."""
 
     app: FastAPI
+    front: ASGIApp
+    """What serves HTTP: ``app``, and before it the short way of plain streams."""
     engine: BusLLM
 
     def close(self) -> None:
@@ -60,7 +63,8 @@ async def build_vllm_app(manifest: Manifest, client: BusEngineClient, *, fast_la
     args = _arguments(manifest)
     engine = _engine(_config(args), client)
     client.attach(engine.output_processor)
-    return VllmApp(await _application(args, engine, fast_lane=fast_lane), engine)
+    app = await _application(args, engine)
+    return VllmApp(app, _fast(app, engine) if fast_lane else app, engine)
 
 
 def _arguments(manifest: Manifest) -> Namespace:
@@ -128,7 +132,7 @@ def _engine_core_client(client: BusEngineClient) -> Iterator[None]:
         async_llm.EngineCoreClient = original
 
 
-async def _application(args: Namespace, engine: BusLLM, *, fast_lane: bool) -> FastAPI:
+async def _application(args: Namespace, engine: BusLLM) -> FastAPI:
     from fastapi import FastAPI
     from vllm.entrypoints.anthropic import api_router as messages
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -141,9 +145,6 @@ async def _application(args: Namespace, engine: BusLLM, *, fast_lane: bool) -> F
 
     from llmserve.gateway.adjust import install_adjustments
     from llmserve.gateway.errors import install_error_handlers
-    from llmserve.gateway.fast_lane import install_fast_lane
-    from llmserve.gateway.fast_route import install_fast_routes
-    from llmserve.gateway.inline import InlineExecutor
     from llmserve.gateway.model_route import install_model_route
 
     app = FastAPI(title="LLMServe", docs_url=None, redoc_url=None)
@@ -158,9 +159,18 @@ async def _application(args: Namespace, engine: BusLLM, *, fast_lane: bool) -> F
     install_error_handlers(app)
     await init_app_state(engine, app.state, args, ("generate",))
     install_adjustments(app)
-    if fast_lane:
-        install_fast_lane(app.state.openai_serving_chat, app.state.openai_serving_completion, engine)
-        install_fast_routes(app)
-        executor = engine.renderer._executor
-        executor._inner = InlineExecutor(executor._inner)
     return app
+
+
+def _fast(app: FastAPI, engine: BusLLM) -> ASGIApp:
+    from llmserve.gateway.fast_lane import install_fast_lane
+    from llmserve.gateway.fast_route import fast_routes
+    from llmserve.gateway.inline import InlineExecutor
+
+    install_fast_lane(app.state.openai_serving_chat, app.state.openai_serving_completion, engine)
+    renderer = engine.renderer
+    renderer._executor._inner = InlineExecutor(renderer._executor._inner)
+    # Asked for each request, and slow to say.
+    eos_token_id = renderer.get_eos_token_id()
+    renderer.get_eos_token_id = lambda: eos_token_id
+    return fast_routes(app)

@@ -7,22 +7,28 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
 from tests.bench.load import closed_loop, prompt_bodies
+from tests.malformed import fault_of, malformed
 from tests.processes import Stack, manifest_with, metrics, running, total
 
 SECONDS = float(os.environ.get("LLMSERVE_SOAK_S", "12"))
+MALFORMED = int(os.environ.get("LLMSERVE_MALFORMED_SIM", "300"))
+MANIFEST = {"models.primary.served_name": "smol", "gateway.tool_call_parser": "hermes"}
+"""As the bodies of ``tests.malformed`` expect it."""
 
 
 @pytest.fixture(scope="module")
 def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder: Path = tmp_path_factory.mktemp("sim")
-    stack = Stack(manifest_with("sim.yaml", folder, {}), folder / "up.log")
+    stack = Stack(manifest_with("sim.yaml", folder, MANIFEST), folder / "up.log")
     with running(stack):
         yield stack.ready(60)
 
@@ -61,3 +67,28 @@ async def test_clients_that_leave_free_what_they_held(sim: Stack) -> None:
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(closed_loop(sim.url, bodies, 32), 2)
     await all_free(sim)
+
+
+async def test_malformed_bodies_leave_nothing_behind_in_the_whole_stack(sim: Stack) -> None:
+    """Eight clients at once, beside streams that go on undisturbed."""
+    before = metrics(sim.metrics_url)
+    chance = random.Random(0)
+    bodies = [malformed(chance) for _ in range(MALFORMED)]
+    wrong: list[str] = []
+
+    async def send(client: httpx.AsyncClient, share: int) -> None:
+        for asked in bodies[share::8]:
+            answer = await client.post(asked.url, content=asked.body, headers={"content-type": "application/json"})
+            if fault := fault_of(asked, answer.status_code, answer.text):
+                wrong.append(fault)
+
+    streams = asyncio.create_task(closed_loop(sim.url, prompt_bodies(sim.model, 16, 32, 64), 16, for_s=1.0))
+    async with httpx.AsyncClient(base_url=sim.url, timeout=30) as client:
+        await asyncio.gather(*(send(client, share) for share in range(8)))
+    load = await streams
+    assert wrong == [], "\n".join(wrong[:20])
+    assert not load.errors, load.errors[:3]
+    await all_free(sim)
+    after = metrics(sim.metrics_url)
+    for name in ("llmserve_requests_rejected_total", "llmserve_requests_failed_total"):
+        assert total(after, name) == total(before, name), name

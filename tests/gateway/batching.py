@@ -73,7 +73,7 @@ class BatchGateway:
         self.registry = CollectorRegistry()
         metrics = GatewayMetrics(self.registry)
         app, access = model.app(name), Access.of(found, metrics)
-        self.service = BatchService(found, bus, name, app, access, metrics)
+        self.service = BatchService(found, bus, name, app, app, access, metrics)
         self.app = GatewayMiddleware(app, access, Ready(), metrics, RequestBounds(1 << 20, 10 << 20))
 
     def client(self, key: str) -> openai.AsyncOpenAI:
