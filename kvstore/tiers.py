@@ -5,12 +5,14 @@ it is written to the first one too. Where pages go later is the kv manager's bus
 
 Nothing here fails: a page that cannot be read is a miss, one that cannot be written is dropped, and both are counted.
 Behind a circuit breaker a class that fails is left alone, reads and writes apart, since a read-only disk still reads.
+One that loads a page slower than the engine computes it is not read.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
@@ -20,6 +22,7 @@ from typing import TypeVar
 from llmserve.kvstore.codec import BadPage, Codec
 from llmserve.kvstore.keys import PageKey
 from llmserve.kvstore.notices import Notice, NoticeKind
+from llmserve.kvstore.pace import LoadPace
 from llmserve.kvstore.quantize import Bytes
 from llmserve.kvstore.stores.base import PageStore, StoreError
 from llmserve.kvstore.stores.breaker import Breaker
@@ -42,6 +45,7 @@ class TierStats:
     load_bytes: int = 0
     """Of stored, encoded pages."""
     load_s: float = 0.0
+    """In which pages were loaded; loads that overlap count once."""
     stores: int = 0
     store_bytes: int = 0
     store_s: float = 0.0
@@ -61,6 +65,7 @@ class _Class:
     reads: Breaker = field(default_factory=Breaker)
     writes: Breaker = field(default_factory=Breaker)
     stats: TierStats = field(default_factory=TierStats)
+    pace: LoadPace = field(default_factory=LoadPace)
 
 
 class Tiers:
@@ -87,14 +92,23 @@ class Tiers:
         self._notify = notify
         self._clock = clock
 
-    async def held(self, keys: Sequence[PageKey]) -> int:
-        """How many of ``keys``, which follow each other in a prefix, the classes hold without a gap."""
+    def worthy(self, compute_s: float) -> frozenset[str]:
+        """Classes that load a page no slower than the ``compute_s`` in which it is computed; may be asked from any
+        thread."""
+        now_s = self._clock()
+        return frozenset(tier.store.name for tier in self._classes if tier.pace.worth(compute_s, now_s))
+
+    async def held(self, keys: Sequence[PageKey], compute_s: float = math.inf) -> int:
+        """How many of ``keys``, which follow each other in a prefix, the classes hold without a gap. Classes that
+        take longer than ``compute_s`` for a page are not asked."""
         paths = [key.path for key in keys]
+        names = self.worthy(compute_s)
+        worthy = [tier for tier in self._classes if tier.store.name in names]
         count = 0
         advanced = True
         while advanced and count < len(paths):
             advanced = False
-            for tier in self._classes:
+            for tier in worthy:
                 if count < len(paths) and (more := await self._contains(tier, paths[count:])):
                     count += more
                     advanced = True
@@ -116,17 +130,18 @@ class Tiers:
 
         return await self._guarded(tier, tier.reads, call) or 0
 
-    async def load(self, key: PageKey, page: Bytes) -> bool:
-        """Fill ``page``; False if no class has it whole, and then ``page`` may hold anything."""
+    async def load(self, key: PageKey, page: Bytes, among: frozenset[str] | None = None) -> bool:
+        """Fill ``page``; False if no class, of those ``among`` if given, has it whole, and then ``page`` may hold
+        anything."""
         path = key.path
         for position, tier in enumerate(self._classes):
-            begun_s = self._clock()
-            data = await self._read(tier, path)
-            if data is None or not await self._decoded(tier, key, data, page):
+            if among is not None and tier.store.name not in among:
+                continue
+            data = await self._loaded(tier, key, page)
+            if data is None:
                 continue
             tier.stats.loads += 1
             tier.stats.load_bytes += len(data)
-            tier.stats.load_s += self._clock() - begun_s
             self._notify(Notice(NoticeKind.USED, tier.store.name, path))
             if position:
                 writing = asyncio.create_task(self.write(key, data, upto=position))
@@ -134,6 +149,17 @@ class Tiers:
                 writing.add_done_callback(self._behind.discard)
             return True
         return False
+
+    async def _loaded(self, tier: _Class, key: PageKey, page: Bytes) -> bytes | None:
+        """What was decoded into ``page``."""
+        done = False
+        tier.pace.begin(self._clock())
+        try:
+            data = await self._read(tier, key.path)
+            done = data is not None and await self._decoded(tier, key, data, page)
+        finally:
+            tier.stats.load_s += tier.pace.end(self._clock(), loaded=done)
+        return data if done else None
 
     async def _read(self, tier: _Class, path: str) -> bytes | None:
         data = await self._guarded(tier, tier.reads, lambda: tier.store.read(path))

@@ -252,7 +252,7 @@ class Worker:
 
     def _submit(self, action: Submit) -> None:
         try:
-            self._engine.submit(action.work)
+            self._engine.submit(replace(action.work, compute_tokens_s=self._prefill_rate.per_s))
         except EngineError as error:
             self._act(self.state.refused(action, str(error), retry=isinstance(error, EngineDied)))
         else:

@@ -173,14 +173,14 @@ def logprobs(ended: Collected) -> Iterator[float]:
 
 
 async def quality(folder: Path) -> dict[str, float]:
-    """Answers after pages that went through int8, beside those after the same pages kept as they are."""
+    """Answers after pages that went through int8, beside those after the same pages kept as they are; and how much
+    answers differ for no more reason than that a prompt is computed at once instead of from its pages on."""
     raw, small = folder / "raw", folder / "int8"
     prompts = texts(PROMPTS, QUALITY_PROMPT_TOKENS)
     raw_class = StorageClass(name="raw", type="filesystem", path=str(raw))
     small_class = StorageClass(name="int8", type="filesystem", path=str(small))
     first = await engine(with_classes(raw_class, disk="raw"))
-    for prompt in prompts:
-        await first_token_s(first, prompt)
+    computed = await answers(first, prompts)
     pages = PROMPTS * (QUALITY_PROMPT_TOKENS // PAGE_TOKENS)
     await kept(raw_class, pages)
     await first.close()
@@ -194,18 +194,26 @@ async def quality(folder: Path) -> dict[str, float]:
         await whole.close()
         await quantized.close()
     assert all(one.reused == QUALITY_PROMPT_TOKENS // PAGE_TOKENS * PAGE_TOKENS for one in (*exact, *rounded))
-    agreed = [leading(a.tokens, b.tokens) for a, b in zip(exact, rounded, strict=True)]
+    figures |= differences("int8", exact, rounded) | differences("recompute", exact, computed)
+    return figures | {"int8_prompts": float(PROMPTS)}
+
+
+def differences(name: str, exact: list[Said], other: list[Said]) -> dict[str, float]:
+    """How ``other`` differs from the answers after unquantized pages. Behind the first different token of an answer
+    nothing can be compared: ``agreement`` counts all of that as different, ``token_agreement`` leaves it out."""
+    agreed = [leading(a.tokens, b.tokens) for a, b in zip(exact, other, strict=True)]
+    same = sum(a.tokens == b.tokens for a, b in zip(exact, other, strict=True))
     drifts = [
         abs(a.logprobs[n] - b.logprobs[n])
-        for a, b, count in zip(exact, rounded, agreed, strict=True)
+        for a, b, count in zip(exact, other, agreed, strict=True)
         for n in range(count)
     ]
-    return figures | {
-        "int8_agreement": sum(agreed) / sum(len(one.tokens) for one in exact),
-        "int8_same_answers": sum(a.tokens == b.tokens for a, b in zip(exact, rounded, strict=True)) / PROMPTS,
-        "int8_logprob_drift_mean": statistics.mean(drifts),
-        "int8_logprob_drift_p99": statistics.quantiles(drifts, n=100)[98],
-        "int8_prompts": float(PROMPTS),
+    return {
+        f"{name}_agreement": sum(agreed) / sum(len(one.tokens) for one in exact),
+        f"{name}_token_agreement": sum(agreed) / (sum(agreed) + len(exact) - same),
+        f"{name}_same_answers": same / len(exact),
+        f"{name}_logprob_drift_mean": statistics.mean(drifts),
+        f"{name}_logprob_drift_p99": statistics.quantiles(drifts, n=100)[98],
     }
 
 

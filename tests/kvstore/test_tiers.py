@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from llmserve.kvstore import tiers as module
 from llmserve.kvstore.codec import Codec, PageKind
 from llmserve.kvstore.keys import PageKey
 from llmserve.kvstore.notices import Listener, Notice, NoticeKind, Notifier, socket_path
+from llmserve.kvstore.pace import LoadPace
 from llmserve.kvstore.quantize import Bytes
 from llmserve.kvstore.stores.base import PageStore, Stored, StoreError
 from llmserve.kvstore.tiers import Tiers
@@ -37,6 +38,8 @@ class MemoryStore(PageStore):
         self.fails_writing = False
         self.hangs = False
         self.calls = 0
+        self.reading: Callable[[], None] = lambda: None
+        """Called in each read."""
 
     def _call(self, fails: bool) -> None:
         self.calls += 1
@@ -45,6 +48,7 @@ class MemoryStore(PageStore):
 
     async def read(self, path: str) -> bytes | None:
         self._call(self.fails_reading)
+        self.reading()
         return self.pages.get(path)
 
     async def write(self, path: str, data: bytes) -> None:
@@ -212,6 +216,40 @@ async def test_a_class_that_answers_again_is_used_again() -> None:
     world.now_s += 2.0
     assert await world.load(1)
     assert world.tiers.take_stats()["fast"].open == 0
+
+
+async def test_a_class_that_loads_slower_than_the_engine_computes_is_not_read_but_tried_again_later() -> None:
+    world, page_s = World(), 0.01
+
+    def slowly() -> None:
+        world.now_s += 0.5
+
+    world.slow.reading = slowly
+    for number in range(6):
+        await world.store(number)
+    world.slow.pages, world.fast.pages = world.fast.pages, {}
+    here, keys = np.zeros(SIZE, np.uint8), [key(number) for number in range(6)]
+    assert await world.tiers.held(keys, page_s) == 6
+    for name in keys[:4]:
+        assert await world.tiers.load(name, here, world.tiers.worthy(page_s))
+    world.fast.pages.clear()
+    # The fast class has shown nothing yet, and may be worth it.
+    assert world.tiers.worthy(page_s) == {"fast"}
+    assert await world.tiers.held(keys, page_s) == 0
+    assert not await world.tiers.load(keys[4], here, world.tiers.worthy(page_s))
+    # An engine that computes slower still is glad of it.
+    assert await world.tiers.held(keys, 1.0) == 6
+    world.now_s += 31.0
+    assert await world.tiers.held(keys, page_s) == 6
+
+
+async def test_pages_loaded_side_by_side_take_their_time_once() -> None:
+    pace = LoadPace()
+    for number in range(8):
+        pace.begin(number * 0.001)
+    assert sum(pace.end(1.0 + number * 0.1, loaded=True) for number in range(8)) == pytest.approx(1.7)
+    assert not pace.worth(0.05, 2.0)
+    assert pace.worth(0.3, 2.0)
 
 
 async def test_all_traffic_keeps_to_the_budget() -> None:

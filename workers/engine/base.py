@@ -58,6 +58,9 @@ class Work:
     owner_salt: bytes = b""
     """The tenant's cache salt: the engine salts its pages with ``request_salt(owner_salt, salt in the body)``. Empty
     only where nothing but this engine's own test is on the bus: then the body's salt is used as it is."""
+    compute_tokens_s: float = 0.0
+    """How fast the engine computes prompts, as its worker measured it; 0 if unknown: what loads slower is not
+    loaded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ class RequestStager:
             staged = self._decode_stage(request, params, work)
         if work.tenant and self._sharing is not None:
             space = space_of(work.tenant, self._sharing)
-            _add_params(self._params(request), tier_params(space, handed_over))
+            _add_params(self._params(request), tier_params(space, handed_over, work.compute_tokens_s))
         return staged
 
     def _decode(self, body: bytes) -> EngineCoreRequest:

@@ -82,7 +82,8 @@ class TierConnector(OffloadingConnector):  # type: ignore[misc]  # vLLM is untyp
             return
         for tier in manager.secondary_tiers:
             assert isinstance(tier, PageTier)
-            tier.open(kinds.copy().pop(), self._kind(tier.block_size_bytes))
+            kind = self._kind(tier.block_size_bytes)
+            tier.open(kinds.copy().pop(), kind, int(self._config.cache_config.block_size))
 
     def _kind(self, page_bytes: int) -> PageKind:
         cache_dtype = str(self._config.cache_config.cache_dtype)

@@ -14,7 +14,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +37,9 @@ from llmserve.kvstore.tiers import Tiers, TierStats
 from llmserve.kvstore.transfer.pacing import TokenBucket
 from llmserve.workers.offload.known import KnownPages, NamedPage
 from llmserve.workers.offload.loop import LoopThread
-from llmserve.workers.offload.params import NOBODY, kept_tokens, space_of_request
+from llmserve.workers.offload.params import NOBODY, kept_tokens, page_compute_s, space_of_request
 from llmserve.workers.offload.settings import from_builtins, make_stores, meeting_place
-from llmserve.workers.offload.writing import Outgoing, WriteBehind
+from llmserve.workers.offload.writing import Outgoing, WriteBehind, parents_of, yield_to_the_engine
 
 if TYPE_CHECKING:
     from vllm.v1.kv_offload.base import OffloadingSpec, OffloadKey, ReqContext, ScheduleEndContext
@@ -76,6 +76,9 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
         self._encryption_key = encryption_key(self._settings.encryption, os.environ)
         self._rows: Any = np.frombuffer(primary_kv_view, np.uint8).reshape(primary_kv_view.shape)
         self._fingerprint = ""
+        self._page_tokens = 0
+        self._compute_s = math.inf
+        """In which the engine computes a page, as the last request said."""
         self._known = KnownPages()
         self._news: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         """From the loop's thread, to be called in the scheduler's."""
@@ -90,13 +93,13 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
         self._parallel = max(4, cores)
         self._loading = ThreadPoolExecutor(max(2, cores // 2), thread_name_prefix="kv-load")
         self._storing = ThreadPoolExecutor(
-            max(1, cores // 8), thread_name_prefix="kv-store", initializer=_yield_to_the_engine
+            max(1, cores // 8), thread_name_prefix="kv-store", initializer=yield_to_the_engine
         )
         self._thread = LoopThread("kv-tiers")
         self._open: tuple[Tiers, WriteBehind] | None = None
         self._notifier: Notifier | None = None
 
-    def open(self, fingerprint: str, kind: PageKind) -> None:
+    def open(self, fingerprint: str, kind: PageKind, page_tokens: int) -> None:
         """Begin to serve pages of this kind; before that nothing is found and nothing kept."""
         if self._fingerprint:
             return
@@ -116,7 +119,7 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
         self._open = tiers, WriteBehind(tiers, _WAITING_BYTES, self._parallel)
         self._thread.start()
         self._thread.every(_FLUSH_S, self._flush)
-        self._fingerprint = fingerprint
+        self._fingerprint, self._page_tokens = fingerprint, page_tokens
         logger.info("pages of kind %s, %d bytes, kept as %s in %s", fingerprint, kind.page_bytes, codec.disk, classes)
 
     @property
@@ -134,6 +137,10 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
         space = space_of_request(req_context.kv_transfer_params)
         if space == NOBODY or not self._fingerprint:
             return LookupResult.MISS
+        compute_s = page_compute_s(req_context.kv_transfer_params, self._page_tokens)
+        if not self._tiers.worthy(compute_s):
+            return LookupResult.MISS
+        self._compute_s = compute_s
         found = self._known.look((space, bytes(key)), req_context.req_id, time.monotonic())
         if found is None:
             return LookupResult.RETRY
@@ -147,7 +154,7 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
     async def _probe(self, pages: Sequence[NamedPage]) -> None:
         held = 0
         try:
-            held = await self._tiers.held([self._key(page) for page in pages])
+            held = await self._tiers.held([self._key(page) for page in pages], self._compute_s)
         except Exception:
             logger.exception("cannot look for pages")
         self._news.put(lambda: self._known.answer(pages, held, time.monotonic()))
@@ -182,7 +189,7 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
             self._thread.call(self._tiers.drop, dropped)
         items = items[:room]
         self._behind += len(items)
-        parents = _parents(job.req_context, [key for (_, key), _ in items])
+        parents = parents_of(job.req_context, [key for (_, key), _ in items])
         outgoing = [Outgoing(self._key(page), parents.get(page[1], b""), self._row(chunk)) for page, chunk in items]
         self._thread.begin(self._store(job.job_id, [page for page, _ in items], outgoing))
 
@@ -213,15 +220,18 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
         self._jobs += 1
         space = space_of_request(job.req_context.kv_transfer_params)
         items = [(key, int(chunk)) for key, chunk in zip(job.keys, job.chunk_ids, strict=True)]
-        self._thread.begin(self._load(job.job_id, space, items))
+        compute_s = page_compute_s(job.req_context.kv_transfer_params, self._page_tokens)
+        self._thread.begin(self._load(job.job_id, space, items, compute_s))
 
-    async def _load(self, job_id: int, space: str, items: list[tuple[OffloadKey, int]]) -> None:
+    async def _load(self, job_id: int, space: str, items: list[tuple[OffloadKey, int]], compute_s: float) -> None:
         begun_s = time.monotonic()
         slots = asyncio.Semaphore(self._parallel)
+        # A prefix is loaded whole or not: half of it would only be late.
+        among = self._tiers.worthy(compute_s)
 
         async def one(key: OffloadKey, chunk: int) -> bool:
             async with slots:
-                return await self._tiers.load(self._key((space, bytes(key))), self._row(chunk))
+                return await self._tiers.load(self._key((space, bytes(key))), self._row(chunk), among)
 
         loaded = await asyncio.gather(*(one(key, chunk) for key, chunk in items), return_exceptions=True)
         for result in loaded:
@@ -285,22 +295,3 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
             self._notifier.flush()
         taken = self._tiers.take_stats()
         self._news.put(lambda: self._count(taken))
-
-
-def _parents(context: ReqContext, keys: Collection[bytes]) -> dict[bytes, bytes]:
-    """Block hash of the page before each of ``keys`` in the request's prefix, where it is known."""
-    positions: dict[bytes, int] = getattr(context, "_offload_key_positions", {})
-    wanted = set(keys)
-    before: dict[int, bytes] = {}
-    found: dict[bytes, bytes] = {}
-    for key in sorted(positions, key=positions.__getitem__):
-        group = get_offload_group_idx(key)
-        if bytes(key) in wanted and group in before:
-            found[bytes(key)] = before[group]
-        before[group] = get_offload_block_hash(key)
-    return found
-
-
-def _yield_to_the_engine() -> None:
-    # Linux keeps priorities by thread: what is written behind must not slow down what is computed.
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import os
+import threading
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm.v1.kv_offload.base import get_offload_block_hash, get_offload_group_idx
 
 from llmserve.kvstore.keys import PageKey
 from llmserve.kvstore.quantize import Bytes
 from llmserve.kvstore.tiers import Tiers
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_offload.base import ReqContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +71,22 @@ class WriteBehind:
             self._room += len(data)
             async with self._changed:
                 self._changed.notify_all()
+
+
+def parents_of(context: ReqContext, keys: Collection[bytes]) -> dict[bytes, bytes]:
+    """Block hash of the page before each of ``keys`` in the request's prefix, where it is known."""
+    positions: dict[bytes, int] = getattr(context, "_offload_key_positions", {})
+    wanted = set(keys)
+    before: dict[int, bytes] = {}
+    found: dict[bytes, bytes] = {}
+    for key in sorted(positions, key=positions.__getitem__):
+        group = get_offload_group_idx(key)
+        if bytes(key) in wanted and group in before:
+            found[bytes(key)] = before[group]
+        before[group] = get_offload_block_hash(key)
+    return found
+
+
+def yield_to_the_engine() -> None:
+    # Linux keeps priorities by thread: what is written behind must not slow down what is computed.
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

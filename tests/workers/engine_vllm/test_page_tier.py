@@ -18,6 +18,7 @@ from llmserve.workers.offload.settings import TierSettings, to_builtins
 ROW = 8192
 KIND = PageKind("bf16", ROW, 64)
 ROWS = 64
+PAGE_TOKENS = 16
 
 
 def context(space: str = "t-a", request: str = "r", **params: Any) -> Any:
@@ -43,7 +44,7 @@ class Tier:
         self.jobs = 0
 
     def open(self) -> Tier:
-        self.tier.open("f00d" * 4, KIND)
+        self.tier.open("f00d" * 4, KIND, PAGE_TOKENS)
         return self
 
     def job(self, numbers: list[int], rows: list[int], ctx: Any) -> Any:
@@ -52,7 +53,7 @@ class Tier:
         self.jobs += 1
         keys = [key(number) for number in numbers]
         for position, name in enumerate(keys):
-            ctx.set_offload_key_position(name, (position + 1) * 16)
+            ctx.set_offload_key_position(name, (position + 1) * PAGE_TOKENS)
         return TransferJob(self.jobs, keys, np.array(rows, np.int32), False, ctx)
 
     def store(self, numbers: list[int], ctx: Any = None) -> Any:
@@ -189,6 +190,25 @@ def test_the_end_of_what_is_too_much_at_once_is_dropped_and_counted(
         assert [made.lookup(number) for number in (0, 3, 4)] == ["HIT", "HIT", "MISS"]
     finally:
         made.tier.shutdown()
+
+
+def test_what_loads_slower_than_it_computes_is_computed(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmserve.kvstore.stores.filesystem import FilesystemStore
+
+    read = FilesystemStore._read
+
+    def slowly(store: FilesystemStore, path: str) -> bytes | None:
+        time.sleep(0.05)
+        return read(store, path)
+
+    monkeypatch.setattr(FilesystemStore, "_read", slowly)
+    fast, slow = (context(compute_tokens_s=PAGE_TOKENS / page_s) for page_s in (0.001, 10.0))
+    assert tier.store(list(range(8))).success
+    until(lambda: tier.lookup(7, fast) == "HIT")
+    assert tier.load(list(range(8)), fast).success
+    assert tier.lookup(0, fast) == "MISS"
+    assert tier.lookup(0, slow) == "HIT"
+    assert tier.lookup(0, context()) == "HIT"
 
 
 def _count(made: Tier, what: str) -> float:
