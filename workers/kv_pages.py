@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry
 
 from llmserve.bus.base import Bus
 from llmserve.bus.messages import AnyMessage, Heartbeat, KvEvents, KvResync, Tier
@@ -22,6 +22,7 @@ from llmserve.kvstore.transfer.pacing import TokenBucket
 from llmserve.manifests.schema import Manifest
 from llmserve.manifests.sizes import GB, tier_io_bytes_s
 from llmserve.workers.kv_feeds import Feeds
+from llmserve.workers.kv_metrics import StorageMetrics
 from llmserve.workers.offload.settings import make_stores, meeting_place
 
 logger = logging.getLogger(__name__)
@@ -78,21 +79,7 @@ class PageKeeper:
         self._touched_s = time.monotonic()
         self.ready = asyncio.Event()
         """Everything was listed once."""
-        tier = ("tier",)
-        self._pages = Gauge("llmserve_storage_pages", "Pages in the tier", tier, registry=registry)
-        self._bytes = Gauge(
-            "llmserve_storage_bytes", "Bytes of the pages in the tier, as stored", tier, registry=registry
-        )
-        self._done = Counter("llmserve_storage_moves", "Orders carried out", (*tier, "kind"), registry=registry)
-        self._failed = Counter(
-            "llmserve_storage_failures", "Orders and listings that failed", tier, registry=registry
-        )
-        self._out = Gauge(
-            "llmserve_storage_out_of_use", "1 while the tier is left alone since it fails", tier, registry=registry
-        )
-        self._listing_s = Gauge(
-            "llmserve_storage_listing_seconds", "Time that the last listing took", tier, registry=registry
-        )
+        self._metrics = StorageMetrics(registry)
 
     @property
     def manager(self) -> Manager:
@@ -193,14 +180,14 @@ class PageKeeper:
             async for batch in kept.store.listing(_ROOT):
                 found.extend(batch)
         except StoreError as error:
-            self._failed.labels(kept.store.name).inc()
+            self._metrics.failures.labels(kept.store.name).inc()
             logger.error("storage class %s cannot be listed: %s", kept.store.name, error)
             kept.listed_s = now_s - _RELIST_S + _RETRY_LISTING_S
             return
         came, gone = self._manager.listed(number, found)
         for paths, here in ((came, True), (gone, False)):
             self._changed(kept.store.name, (key for path in paths if (key := parse_path(path))), came=here)
-        self._listing_s.labels(kept.store.name).set(time.monotonic() - now_s)
+        self._metrics.listing_s.labels(kept.store.name).set(time.monotonic() - now_s)
         logger.info(
             "%s: %d pages, %d new, %d gone, listed in %.2f s",
             kept.store.name,
@@ -237,9 +224,9 @@ class PageKeeper:
                 logger.error("storage class %s is left alone for a while", kept.store.name)
         if done:
             kept.breaker.succeeded()
-            self._done.labels(kept.store.name, move.kind.value).inc()
+            self._metrics.moves.labels(kept.store.name, move.kind.value).inc()
         else:
-            self._failed.labels(kept.store.name).inc()
+            self._metrics.failures.labels(kept.store.name).inc()
             self._manager.failed(move)
 
     async def _moved(self, move: Move, kept: _Class) -> bool:
@@ -292,7 +279,7 @@ class PageKeeper:
         try:
             await call()
         except StoreError as error:
-            self._failed.labels(kept.store.name).inc()
+            self._metrics.failures.labels(kept.store.name).inc()
             if kept.breaker.failed(time.monotonic()):
                 logger.error("storage class %s is left alone for a while: %s", kept.store.name, error)
             return False
@@ -315,6 +302,6 @@ class PageKeeper:
     def _show(self) -> None:
         for number, kept in enumerate(self._classes):
             pages = self._manager.pages(number)
-            self._pages.labels(kept.store.name).set(len(pages))
-            self._bytes.labels(kept.store.name).set(pages.total_bytes)
-            self._out.labels(kept.store.name).set(kept.breaker.is_open)
+            self._metrics.pages.labels(kept.store.name).set(len(pages))
+            self._metrics.size.labels(kept.store.name).set(pages.total_bytes)
+            self._metrics.out_of_use.labels(kept.store.name).set(kept.breaker.is_open)
