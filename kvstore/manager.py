@@ -110,6 +110,12 @@ class Manager:
         """The page is in the tier now."""
         self._sets[tier].add(key.path, Page(key.space, size_bytes, used_s))
 
+    def follows(self, path: str, parent: bytes) -> None:
+        """The page follows the block ``parent`` in its prefix; of no interest if it is in no tier any more."""
+        key = parse_path(path)
+        if key is not None and path not in self._parents and any(path in pages for pages in self._sets):
+            self._link(key, parent)
+
     def removed(self, tier: int, path: str) -> None:
         """The page is not in the tier any more."""
         self._sets[tier].remove(path)

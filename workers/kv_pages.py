@@ -22,7 +22,9 @@ from llmserve.kvstore.transfer.pacing import TokenBucket
 from llmserve.manifests.schema import Manifest
 from llmserve.manifests.sizes import GB, tier_io_bytes_s
 from llmserve.workers.kv_feeds import Feeds
+from llmserve.workers.kv_lineage import Lineage
 from llmserve.workers.kv_metrics import StorageMetrics
+from llmserve.workers.kv_uses import Uses
 from llmserve.workers.offload.settings import make_stores, meeting_place
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,6 @@ logger = logging.getLogger(__name__)
 _ROUND_S = 0.2
 _RELIST_S = 300.0
 _RETRY_LISTING_S = 10.0
-_TOUCH_S = 30.0
 _MOVES_AT_ONCE = 4
 _ROOT = "v1/"
 _TIERS = {"filesystem": Tier.NVME, "s3": Tier.S3}
@@ -75,8 +76,9 @@ class PageKeeper:
         rate = tier_io_bytes_s(manifest) or math.inf
         self._bucket = TokenBucket(rate, max(rate / 10, 1.0), time.monotonic())
         self._moves: set[asyncio.Task[None]] = set()
-        self._used: list[set[str]] = [set() for _ in classes]
-        self._touched_s = time.monotonic()
+        self._uses = Uses()
+        self._lineage = Lineage(self._manager)
+        self._prefetching = {storage.name for storage in classes if storage.prefetch_on_prefix}
         self.ready = asyncio.Event()
         """Everything was listed once."""
         self._metrics = StorageMetrics(registry)
@@ -94,6 +96,7 @@ class PageKeeper:
         """Keep the pages until cancelled."""
         listener = self._listen()
         subscriptions = []
+        learning = asyncio.create_task(self._lineage.run())
         try:
             if self._bus is not None:
                 subjects = self._bus.subjects
@@ -111,9 +114,10 @@ class PageKeeper:
         finally:
             for subscription in subscriptions:
                 await subscription.unsubscribe()
-            for move in self._moves:
-                move.cancel()
-            await asyncio.gather(*self._moves, return_exceptions=True)
+            ending = {*self._moves, learning}
+            for task in ending:
+                task.cancel()
+            await asyncio.gather(*ending, return_exceptions=True)
             if listener is not None:
                 listener.close()
             for kept in self._classes:
@@ -135,7 +139,7 @@ class PageKeeper:
             if self._manager.notice(notice, now_s) and key is not None:
                 self._changed(notice.tier, [key], came=notice.kind is NoticeKind.STORED)
             if notice.kind is NoticeKind.USED:
-                self._use(notice.tier, notice.path)
+                self._uses.add(notice.tier, notice.path)
         for move in self._manager.due(now_s):
             task = asyncio.create_task(self._carry_out(move))
             self._moves.add(task)
@@ -185,6 +189,8 @@ class PageKeeper:
             kept.listed_s = now_s - _RELIST_S + _RETRY_LISTING_S
             return
         came, gone = self._manager.listed(number, found)
+        if kept.store.name in self._prefetching:
+            self._lineage.ask(kept.store, came)
         for paths, here in ((came, True), (gone, False)):
             self._changed(kept.store.name, (key for path in paths if (key := parse_path(path))), came=here)
         self._metrics.listing_s.labels(kept.store.name).set(time.monotonic() - now_s)
@@ -197,19 +203,11 @@ class PageKeeper:
             time.monotonic() - now_s,
         )
 
-    def _use(self, name: str, path: str) -> None:
-        for number, kept in enumerate(self._classes):
-            if kept.store.name == name:
-                self._used[number].add(path)
-
     async def _touch(self) -> None:
-        if time.monotonic() - self._touched_s < _TOUCH_S:
-            return
-        self._touched_s = time.monotonic()
-        for number, kept in enumerate(self._classes):
-            paths, self._used[number] = list(self._used[number]), set()
-            if paths:
-                await self._guarded(kept, lambda kept=kept, paths=paths: kept.store.touch(paths))  # type: ignore[misc]
+        for name, paths in self._uses.due().items():
+            for kept in self._classes:
+                if kept.store.name == name:
+                    await self._guarded(kept, lambda kept=kept, paths=paths: kept.store.touch(paths))  # type: ignore[misc]
 
     # -- orders -------------------------------------------------------------------------------------------------
 

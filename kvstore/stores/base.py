@@ -34,6 +34,10 @@ class PageStore(ABC):
         """The whole object, None if there is none. Raises ``StoreError``."""
 
     @abstractmethod
+    async def head(self, path: str, size_bytes: int) -> bytes | None:
+        """Its first bytes. Raises ``StoreError``."""
+
+    @abstractmethod
     async def write(self, path: str, data: bytes) -> None:
         """Make the object exist with all of ``data``, or not at all. Raises ``StoreError``."""
 

@@ -62,6 +62,9 @@ class FilesystemStore(PageStore):
     async def read(self, path: str) -> bytes | None:
         return await self._run(lambda: self._read(path))
 
+    async def head(self, path: str, size_bytes: int) -> bytes | None:
+        return await self._run(lambda: self._head(path, size_bytes))
+
     async def write(self, path: str, data: bytes) -> None:
         await self._run(lambda: self._write(path, data))
 
@@ -105,6 +108,13 @@ class FilesystemStore(PageStore):
                 return _read_direct(self._root / path)
             with open(self._root / path, "rb", buffering=0) as file:
                 return file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def _head(self, path: str, size_bytes: int) -> bytes | None:
+        try:
+            with open(self._root / path, "rb", buffering=0) as file:
+                return file.read(size_bytes)
         except (FileNotFoundError, NotADirectoryError):
             return None
 

@@ -75,9 +75,15 @@ class S3Store(PageStore):
         self._slots = asyncio.Semaphore(_PARALLEL)
 
     async def read(self, path: str) -> bytes | None:
+        return await self._get(path)
+
+    async def head(self, path: str, size_bytes: int) -> bytes | None:
+        return await self._get(path, Range=f"bytes=0-{size_bytes - 1}")
+
+    async def _get(self, path: str, **part: str) -> bytes | None:
         async def call(client: Any) -> bytes | None:
             try:
-                response = await client.get_object(Bucket=self._bucket, Key=self._key(path))
+                response = await client.get_object(Bucket=self._bucket, Key=self._key(path), **part)
             except ClientError as error:
                 if _missing(error):
                     return None

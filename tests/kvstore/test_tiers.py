@@ -51,6 +51,9 @@ class MemoryStore(PageStore):
         self.reading()
         return self.pages.get(path)
 
+    async def head(self, path: str, size_bytes: int) -> bytes | None:
+        raise NotImplementedError
+
     async def write(self, path: str, data: bytes) -> None:
         self._call(self.fails_writing)
         self.pages[path] = data

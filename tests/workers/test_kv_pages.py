@@ -11,10 +11,12 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
 from llmserve.bus.messages import AnyMessage, Heartbeat, KvEvents, KvResync, Role, Tier
+from llmserve.kvstore.codec import Codec, PageKind
 from llmserve.kvstore.keys import PageKey
 from llmserve.kvstore.notices import Notice, NoticeKind, Notifier, socket_path
 from llmserve.kvstore.stores.filesystem import FilesystemStore
@@ -199,6 +201,29 @@ async def test_idle_pages_go_to_s3_and_those_that_follow_a_read_one_come_back(
         assert not (tmp_path / key(0).path).exists()
         shorts = {key(number).block[-8:] for number in range(3)}
         await until(lambda: bus.held() == {(Tier.NVME, "host"): shorts - {key(0).block[-8:]}, (Tier.S3, ""): shorts})
+    await store.close()
+
+
+async def test_prefixes_that_are_older_than_the_kv_role_are_prefetched_too(tmp_path: Path, server: S3Server) -> None:
+    """What a page follows stands in its header: nobody tells it."""
+    codec = Codec(PageKind("bf16", 256, None), "raw")
+    store = S3Store("object", BUCKET, region="us-east-1", endpoint_url=server.url, prefix="older")
+    for number in range(3):
+        parent = key(number - 1).block if number else b""
+        await store.write(key(number).path, codec.encode(key(number), np.zeros(256, np.uint8), parent))
+    made = with_folder(tmp_path, more=s3_class(server.url, "older"))
+    async with keeping(made) as (keeper, _):
+        notifier = Notifier(socket_path(str(tmp_path)))
+
+        def asked_again() -> bool:
+            notifier.add(Notice(NoticeKind.USED, "object", key(0).path))
+            notifier.flush()
+            return (tmp_path / key(2).path).exists()
+
+        await until(asked_again)
+        assert (tmp_path / key(1).path).exists()
+        assert not (tmp_path / key(0).path).exists()
+        keeper.manager.check()
     await store.close()
 
 
