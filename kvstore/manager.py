@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llmserve.kvstore.hotset import HotSets, Page
-from llmserve.kvstore.keys import PageKey, parse_path
+from llmserve.kvstore.keys import PageKey, hot_bytes, parse_path
 from llmserve.kvstore.notices import Notice, NoticeKind
 from llmserve.kvstore.stores.base import Stored
+from llmserve.manifests.schema import Manifest
 
 _BATCH = 256
 """Moves ordered at once."""
@@ -46,6 +48,14 @@ class Rules:
     evict_if_inactive_s: float = 900.0
     hot_bytes: Mapping[str, float] = field(default_factory=dict)
     """By space."""
+
+
+def rules_of(manifest: Manifest) -> Rules:
+    """Without ``kv_cache.eviction`` idle pages stay."""
+    eviction, hot = manifest.spec.kv_cache.eviction, hot_bytes(manifest)
+    if eviction is None:
+        return Rules(evict_if_inactive_s=math.inf, hot_bytes=hot)
+    return Rules(float(eviction.hot_keep_secs), float(eviction.evict_if_inactive_secs), hot)
 
 
 class MoveKind(enum.Enum):

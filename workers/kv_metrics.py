@@ -24,3 +24,9 @@ class StorageMetrics:
         self.listing_s = Gauge(
             "llmserve_storage_listing_seconds", "Time that the last listing took", tier, registry=registry
         )
+
+    def show(self, name: str, pages: int, size_bytes: float, *, out_of_use: bool) -> None:
+        """How a class stands now."""
+        self.pages.labels(name).set(pages)
+        self.size.labels(name).set(size_bytes)
+        self.out_of_use.labels(name).set(out_of_use)

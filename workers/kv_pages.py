@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry
 
 from llmserve.bus.base import Bus
 from llmserve.bus.messages import AnyMessage, Heartbeat, KvEvents, KvResync, Tier
-from llmserve.kvstore.keys import PageKey, hot_bytes, parse_path
-from llmserve.kvstore.manager import Manager, Move, MoveKind, Rules, TierRules
+from llmserve.kvstore.keys import PageKey, parse_path
+from llmserve.kvstore.manager import Manager, Move, MoveKind, TierRules, rules_of
 from llmserve.kvstore.notices import Listener, NoticeKind, socket_path
 from llmserve.kvstore.stores.base import PageStore, Stored, StoreError
 from llmserve.kvstore.stores.breaker import Breaker
@@ -55,16 +55,12 @@ class PageKeeper:
         self, manifest: Manifest, bus: Bus | None, member: str, host: str, registry: CollectorRegistry
     ) -> None:
         classes = manifest.spec.storageClasses
-        eviction = manifest.spec.kv_cache.eviction
-        rules = Rules(evict_if_inactive_s=math.inf, hot_bytes=hot_bytes(manifest))
-        if eviction is not None:
-            rules = Rules(float(eviction.hot_keep_secs), float(eviction.evict_if_inactive_secs), hot_bytes(manifest))
         self._manager = Manager(
             [
                 TierRules(storage.name, (storage.capacity_gb or math.inf) * GB, storage.prefetch_on_prefix)
                 for storage in classes
             ],
-            rules,
+            rules_of(manifest),
         )
         stores = make_stores(classes)
         self._classes = [
@@ -300,6 +296,4 @@ class PageKeeper:
     def _show(self) -> None:
         for number, kept in enumerate(self._classes):
             pages = self._manager.pages(number)
-            self._metrics.pages.labels(kept.store.name).set(len(pages))
-            self._metrics.size.labels(kept.store.name).set(pages.total_bytes)
-            self._metrics.out_of_use.labels(kept.store.name).set(kept.breaker.is_open)
+            self._metrics.show(kept.store.name, len(pages), pages.total_bytes, out_of_use=kept.breaker.is_open)

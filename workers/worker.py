@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Coroutine, Iterable
@@ -252,7 +253,7 @@ class Worker:
 
     def _submit(self, action: Submit) -> None:
         try:
-            self._engine.submit(replace(action.work, compute_tokens_s=self._prefill_rate.per_s))
+            self._engine.submit(dataclasses.replace(action.work, compute_tokens_s=self._prefill_rate.per_s))
         except EngineError as error:
             self._act(self.state.refused(action, str(error), retry=isinstance(error, EngineDied)))
         else:
