@@ -19,7 +19,7 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.serve.engine.protocol import PromptTokenUsageInfo, UsageInfo
 
 from llmserve.gateway.chunks import Chunks, chat_chunks, completion_chunks, event
-from llmserve.gateway.generation import BusLLM, FastStream, Generation
+from llmserve.gateway.generation import BusLLM, FastStream, Generation, serves_fast_streams
 from llmserve.gateway.text_stream import TextStream
 
 
@@ -44,7 +44,8 @@ class ChatLane:
         chat_template_kwargs: dict[str, Any] | None = None,
         mm_token_counts: dict[str, int] | None = None,
     ) -> Any:
-        if not self._is_plain(request) or not isinstance(result_generator, Generation):
+        fast = serves_fast_streams.get() and self._is_plain(request)
+        if not fast or not isinstance(result_generator, Generation):
             return self._slow(
                 request,
                 result_generator,
@@ -127,7 +128,8 @@ class CompletionLane:
         request_metadata: RequestResponseMetadata,
     ) -> Any:
         generation = self._engine.generations.get(f"{request_id}-0")
-        if num_prompts != 1 or not self._is_plain(request) or generation is None:
+        fast = serves_fast_streams.get() and num_prompts == 1 and self._is_plain(request)
+        if not fast or generation is None:
             return self._slow(
                 request,
                 engine_inputs,

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from llmserve.gateway.generation import FastStream
+from llmserve.gateway.generation import FastStream, serves_fast_streams
 from llmserve.gateway.inline import INLINE_BYTES, small_request
 from llmserve.gateway.presence import Presence
 
@@ -48,6 +48,7 @@ class FastRoute:
             await self._app(scope, _replayed(body, receive), send)
             return
         scope["app"] = self._app
+        token = serves_fast_streams.set(True)
         presence = Presence(receive)
         try:
             try:
@@ -59,6 +60,7 @@ class FastRoute:
                 await response.serve(scope, presence, send)
         finally:
             presence.stop()
+            serves_fast_streams.reset(token)
         if response is not None and not isinstance(response, FastStream):
             await response(scope, receive, send)
 

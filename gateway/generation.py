@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 current_stream: ContextVar[TextStream | None] = ContextVar("llmserve_stream", default=None)
 """The stream for which a request is being added to the engine."""
 
+serves_fast_streams: ContextVar[bool] = ContextVar("llmserve_serves_fast_streams", default=False)
+"""Whether whoever serves the request knows what to do with a ``FastStream``: vLLM's routes do not."""
+
 
 class Generation:
     """A generation that was asked for and not begun: iterated, it is what ``AsyncLLM.generate`` returns."""
