@@ -54,7 +54,8 @@ class StandardTests(ChatModelIntegrationTests):
         test = request.node.originalname
         self.max_tokens = tokens_for(test)
         if test in FAILS:
-            request.applymarker(pytest.mark.xfail(strict=True, reason=FAILS[test]))
+            # Not strict: what the model writes in bf16 depends on the CPU.
+            request.applymarker(pytest.mark.xfail(strict=False, reason=FAILS[test]))
         elif self.may_fail_elsewhere:
             request.applymarker(pytest.mark.xfail(strict=False, reason="passes here"))
 

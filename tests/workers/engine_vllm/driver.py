@@ -12,7 +12,6 @@ from llmserve.bus import frames
 from llmserve.bus.messages import KvChange, Role, Stage
 from llmserve.manifests.models import resolve_model
 from llmserve.manifests.schema import (
-    DraftModel,
     Engine,
     KVCache,
     Manifest,
@@ -37,7 +36,6 @@ HbmDtype: TypeAlias = Literal["auto", "fp16", "bf16", "fp8"]
 
 def manifest(
     *,
-    draft: bool = False,
     model: Mapping[str, Any] | None = None,
     hbm_dtype: HbmDtype = "auto",
     prefix_caching: bool = False,
@@ -52,7 +50,6 @@ def manifest(
         spec=Spec(
             models=Models(
                 primary=PrimaryModel(**{"id": MODEL, "dtype": "bf16", "max_model_len": 2048, **(model or {})}),
-                draft=DraftModel(id=MODEL, speculative_tokens=3) if draft else None,
             ),
             engine=Engine(enforce_eager=True, kv_space_gb=kv_space_gb, max_num_seqs=16),
             kv_cache=KVCache(prefix_caching=prefix_caching, hbm_dtype=hbm_dtype, dram_gb=dram_gb),
@@ -118,10 +115,7 @@ class Driver:
         cls, made: Manifest, role: Role, mode: Mode, block_tokens: int | None = None, threads: int = 1
     ) -> Driver:
         files = resolve_model(made.spec.models.primary.id)
-        draft_path = resolve_model(MODEL).path
-        options = VllmOptions(
-            files.path, files.local, mode=mode, draft_path=draft_path, block_tokens=block_tokens, threads=threads
-        )
+        options = VllmOptions(files.path, files.local, mode=mode, block_tokens=block_tokens, threads=threads)
         engine = VllmEngine(made, role, options)
         driver = cls(engine, await engine.start())
         driver._task = asyncio.create_task(driver._read())
