@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from llmserve.kvstore.transfer.base import Handle, Place, Progress, TransferEngine, TransferError
 from llmserve.kvstore.transfer.ladder import COOL_DOWN_MAX_S, COOL_DOWN_S, Rung
-from llmserve.kvstore.transfer.mover import Attempt, Fetch, Fetched
+from llmserve.kvstore.transfer.orders import Attempt, Fetch, Fetched
 from llmserve.kvstore.transfer.runs import size_of
 
 logger = logging.getLogger(__name__)

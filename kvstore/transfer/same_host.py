@@ -9,14 +9,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import socket
 import sys
-import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -33,7 +30,9 @@ from llmserve.kvstore.transfer.base import (
     TransferEngine,
     TransferError,
 )
-from llmserve.kvstore.transfer.cma import IOVECS, CrossMemory
+from llmserve.kvstore.transfer.cma import CrossMemory
+from llmserve.kvstore.transfer.host_copy import CopyThread, HostCopy
+from llmserve.kvstore.transfer.processes import Process, host_identity, started
 from llmserve.kvstore.transfer.runs import (
     as_array,
     check_inside,
@@ -44,9 +43,6 @@ from llmserve.kvstore.transfer.runs import (
 )
 
 if TYPE_CHECKING:
-    import numpy
-    from numpy.typing import NDArray
-
     from llmserve.kvstore.transfer.cuda_ipc import CudaCopier, CudaCopy, IpcRegion
 
 logger = logging.getLogger(__name__)
@@ -71,17 +67,11 @@ def available() -> str | None:
     return None
 
 
-def host_identity() -> str:
-    """Equal for processes that see each other's process ids, and for no others."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-
-
 class _Description(msgspec.Struct, frozen=True, array_like=True):
     host: str
     pid: int
     started: str
-    """Field 22 of ``/proc/<pid>/stat``: tells a process from a later one of the same id."""
+    """See ``processes.started``."""
     socket: bytes
     """Abstract address of the datagram socket."""
     key: bytes
@@ -97,25 +87,9 @@ class _Description(msgspec.Struct, frozen=True, array_like=True):
 @dataclass(slots=True)
 class _Peer:
     said: _Description
-    pidfd: int
+    process: Process
     regions: list[Region]
     ipc: list[IpcRegion]
-
-    def gone(self) -> bool:
-        return bool(select.select([self.pidfd], [], [], 0)[0])
-
-
-@dataclass(slots=True)
-class _Copy(Handle):
-    """A copy by the kernel of the operating system."""
-
-    peer: _Peer
-    chunks: deque[tuple[NDArray[numpy.uint64], NDArray[numpy.uint64]]]
-    write: bool
-    bytes_moved: int
-    state: Progress = Progress.RUNNING
-    running: bool = False
-    cancelled: bool = False
 
 
 @dataclass(slots=True)
@@ -123,74 +97,6 @@ class _GpuCopy(Handle):
     peer: _Peer
     copy: CudaCopy
     bytes_moved: int
-
-
-@dataclass(slots=True)
-class _Worker:
-    """A thread that copies, transfer by transfer."""
-
-    memory: CrossMemory
-    queue: deque[_Copy] = field(default_factory=deque)
-    wake: threading.Condition = field(default_factory=threading.Condition)
-    closing: bool = False
-    thread: threading.Thread | None = None
-    done_fd: int = -1
-    """An eventfd that tells the caller that something ended."""
-
-    def submit(self, copy: _Copy) -> None:
-        if self.thread is None:
-            self.thread = threading.Thread(target=self._run, name="same-host-copy", daemon=True)
-            self.thread.start()
-        with self.wake:
-            self.queue.append(copy)
-            self.wake.notify()
-
-    def _run(self) -> None:
-        while True:
-            with self.wake:
-                while not self.queue and not self.closing:
-                    self.wake.wait()
-                if self.closing:
-                    return
-                copy = self.queue.popleft()
-            self.run(copy)
-            os.eventfd_write(self.done_fd, 1)
-
-    def run(self, copy: _Copy) -> None:
-        while True:
-            with self.wake:
-                if copy.cancelled or self.closing:
-                    copy.state, copy.running = Progress.FAILED, False
-                    return
-                if not copy.chunks:
-                    copy.state, copy.running = Progress.DONE, False
-                    return
-                copy.running = True
-                local, remote = copy.chunks.popleft()
-            try:
-                if copy.peer.gone():
-                    raise OSError("the process is gone")
-                for at in range(0, len(local), IOVECS):
-                    self.memory.copy(
-                        copy.peer.said.pid, local[at : at + IOVECS], remote[at : at + IOVECS], write=copy.write
-                    )
-            except OSError as error:
-                logger.warning("a copy of %d bytes failed: %s", copy.bytes_moved, error)
-                with self.wake:
-                    copy.state, copy.running = Progress.FAILED, False
-                return
-
-    def cancel(self, copy: _Copy) -> bool:
-        with self.wake:
-            copy.cancelled = True
-            return not copy.running
-
-    def close(self) -> None:
-        with self.wake:
-            self.closing = True
-            self.wake.notify()
-        if self.thread is not None:
-            self.thread.join()
 
 
 class SameHostEngine(TransferEngine):
@@ -219,7 +125,7 @@ class SameHostEngine(TransferEngine):
         self._regions: list[Region] = []
         self._peers: dict[str, _Peer] = {}
         self._done_fd = os.eventfd(0, os.EFD_NONBLOCK)
-        self._worker = _Worker(self._memory, done_fd=self._done_fd)
+        self._worker = CopyThread(self._memory, done_fd=self._done_fd)
 
     def register(self, regions: Sequence[Region]) -> None:
         if self._gpu is not None:
@@ -232,7 +138,7 @@ class SameHostEngine(TransferEngine):
         said = _Description(
             host=host_identity(),
             pid=os.getpid(),
-            started=_started(os.getpid()),
+            started=started(os.getpid()),
             socket=self._socket.getsockname(),
             key=self._key,
             secret=self._secret.tobytes(),
@@ -256,27 +162,24 @@ class SameHostEngine(TransferEngine):
             raise TransferError(f"not a description: {error}") from error
         if said.host != host_identity():
             raise TransferError("the peer is on another host, or in another process namespace")
-        try:
-            pidfd = os.pidfd_open(said.pid)
-        except OSError as error:
-            raise PeerGone(f"process {said.pid} is gone: {error}") from error
+        process = Process.open(said.pid)
         try:
             self._prove(said)
             ipc = self._gpu.open(said.ipc) if self._gpu is not None and said.ipc else []
         except BaseException:
-            os.close(pidfd)
+            process.close()
             raise
         name = f"{said.pid}/{said.key.hex()[:8]}"
         self.forget(name)
         regions = [Region(a, size, Place(None if gpu < 0 else gpu)) for a, size, gpu in said.regions]
-        self._peers[name] = _Peer(said, pidfd, regions, ipc)
+        self._peers[name] = _Peer(said, process, regions, ipc)
         return name
 
     def _prove(self, said: _Description) -> None:
         """That it is the process that described itself, and that its memory may be read."""
         import numpy
 
-        if _started(said.pid) != said.started:
+        if started(said.pid) != said.started:
             raise PeerGone(f"process {said.pid} is another one by now")
         found = numpy.zeros(len(said.secret), dtype=numpy.uint8)
         here, there = [(int(found.ctypes.data), found.nbytes)], [(said.probe, found.nbytes)]
@@ -291,7 +194,7 @@ class SameHostEngine(TransferEngine):
         known = self._peers.pop(peer, None)
         if known is None:
             return
-        os.close(known.pidfd)
+        known.process.close()
         if self._gpu is not None:
             self._gpu.close_regions(known.ipc)
 
@@ -314,7 +217,7 @@ class SameHostEngine(TransferEngine):
             assert self._gpu is not None
             return _GpuCopy(known, self._gpu.start(known.ipc, here, there, write=write), size_bytes)
         parts = deque((local_pieces(part), remote_pieces(part)) for part in chunks(table, _CHUNK_BYTES))
-        copy = _Copy(known, parts, write, size_bytes)
+        copy = HostCopy(known.process, parts, write, size_bytes)
         if size_bytes <= _INLINE_BYTES:
             self._worker.run(copy)
         else:
@@ -325,7 +228,7 @@ class SameHostEngine(TransferEngine):
         known = self._peers.get(peer)
         if known is None:
             raise TransferError(f"{peer} is not connected")
-        if known.gone():
+        if known.process.gone():
             raise PeerGone(f"process {known.said.pid} is gone")
         return known
 
@@ -333,14 +236,14 @@ class SameHostEngine(TransferEngine):
         if isinstance(handle, _GpuCopy):
             assert self._gpu is not None
             return self._gpu.poll(handle.copy)
-        assert isinstance(handle, _Copy)
+        assert isinstance(handle, HostCopy)
         return handle.state
 
     def release(self, handle: Handle) -> bool:
         if isinstance(handle, _GpuCopy):
             # A kernel that runs cannot be called back.
             return self.poll(handle) is not Progress.RUNNING
-        assert isinstance(handle, _Copy)
+        assert isinstance(handle, HostCopy)
         return self._worker.cancel(handle)
 
     def notify(self, peer: str, message: bytes) -> None:
@@ -376,7 +279,7 @@ class SameHostEngine(TransferEngine):
 
     def reachable(self, peer: str) -> bool:
         known = self._peers.get(peer)
-        return known is not None and not known.gone()
+        return known is not None and not known.process.gone()
 
     def wake_fds(self) -> Sequence[int]:
         return self._socket.fileno(), self._done_fd
@@ -389,10 +292,3 @@ class SameHostEngine(TransferEngine):
             self._gpu.close()
         self._socket.close()
         os.close(self._done_fd)
-
-
-def _started(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except (OSError, IndexError) as error:
-        raise PeerGone(f"process {pid} is gone: {error}") from error

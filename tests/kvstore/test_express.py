@@ -13,7 +13,7 @@ import pytest
 from llmserve.kvstore.transfer.base import Place, Run
 from llmserve.kvstore.transfer.express import Express
 from llmserve.kvstore.transfer.ladder import Rung
-from llmserve.kvstore.transfer.mover import Ends, Fetch, Fetched
+from llmserve.kvstore.transfer.orders import Ends, Fetch, Fetched
 from tests.kvstore.ends import End
 from tests.kvstore.faulty import FaultyEngine
 

@@ -14,9 +14,10 @@ import pytest
 from llmserve.kvstore.transfer import open_engine, unavailable
 from llmserve.kvstore.transfer.base import EngineOptions, Place, Region, Run
 from llmserve.kvstore.transfer.ladder import Rung
-from llmserve.kvstore.transfer.mover import Ends, Fetch, Fetched, Mover
+from llmserve.kvstore.transfer.mover import Mover
+from llmserve.kvstore.transfer.orders import Ends, Fetch, Fetched
 from llmserve.kvstore.transfer.pacing import TokenBucket
-from llmserve.kvstore.transfer.same_host import host_identity
+from llmserve.kvstore.transfer.processes import host_identity
 from tests.kvstore.faulty import Fault, FaultyEngine
 
 pytestmark = pytest.mark.skipif(unavailable("ucx") is not None, reason=f"UCX: {unavailable('ucx')}")
