@@ -62,6 +62,8 @@ def transfer_config(kind: str, *, producer: bool) -> dict[str, Any]:
             "host": "127.0.0.1",
             "model_id": "bench",
             "io_bytes_s": None,
+            "ahead": False,
+            "join_layers": True,
             "held_poll_s": 0.0,
         },
     }

@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -21,7 +22,7 @@ from llmserve.kvstore.transfer.base import EngineOptions, Place, Region
 from llmserve.kvstore.transfer.pacing import TokenBucket
 from llmserve.workers.connector import layout
 from llmserve.workers.connector.leases import LeaseTable
-from llmserve.workers.connector.meta import RankMeta, StepMeta, TransferStats
+from llmserve.workers.connector.meta import Computed, RankMeta, StepMeta, TransferStats
 from llmserve.workers.connector.movers import LadderOptions, device_mark, open_mover
 from llmserve.workers.connector.scheduler import SchedulerSettings, SchedulerSide
 from llmserve.workers.connector.wire import RankPages, encode, rank_key
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+_UNSPLIT_TOKENS = 64
+"""Pages of more tokens are several blocks to some attention kernels, which must then touch within a layer."""
 _BURST_S = 0.1
 """Seconds at the full rate that may pass at once."""
 
@@ -47,7 +50,9 @@ class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
 
     ``kv_connector_extra_config``: ``lease_s``, ``timeout_s``, ``engine_order``, ``same_host``,
     ``nixl_backend_policy``, ``ucx_rdma``, ``host`` (where peers reach this end), ``model_id``, ``io_bytes_s`` (None
-    is no bound) and ``held_poll_s``, the pause between polls of an engine that only holds pages.
+    is no bound), ``ahead`` (offer pages while their prompt is still computed), ``join_layers`` (a page is one run of
+    bytes over all layers, if it is not too large) and
+    ``held_poll_s``, the pause between polls of an engine that only holds pages.
     """
 
     _cache_hit_source = CacheHitSource.P2P
@@ -63,7 +68,7 @@ class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         self.transports = ""
         """The transfer engines of this rank, and why others are not there."""
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerSide(self._settings())
+            self._scheduler = SchedulerSide(self._settings(), lambda name: self._kv_cache_manager.get_block_ids(name))
 
     def _settings(self) -> SchedulerSettings:
         groups = tuple(self._kv_cache_config.transfer_group_ids)
@@ -77,7 +82,15 @@ class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
             groups=groups,
             page_tokens=tuple(spec.block_size for spec in specs),
             slots=self._kv_cache_config.num_blocks,
+            ahead=self._extra["ahead"] and self._keeps_pages(groups),
         )
+
+    def _keeps_pages(self, groups: tuple[int, ...]) -> bool:
+        """Whether a running prompt loses no page, as it does to a sliding window."""
+        from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+        specs = [self._kv_cache_config.kv_cache_groups[group].kv_cache_spec for group in groups]
+        return len(specs) == 1 and isinstance(specs[0], FullAttentionSpec) and specs[0].sliding_window is None
 
     @property
     def scheduler_side(self) -> SchedulerSide:
@@ -96,9 +109,13 @@ class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
-        # One page of a layer is then one run of bytes. Latent attention has a single layout.
+        # Latent attention has a single layout. With the others a page is one run of bytes, over all layers (B before
+        # L) where that is to be had.
         model = vllm_config.model_config
-        return None if model is None or model.use_mla else "LBHNC"
+        if model is None or model.use_mla:
+            return None
+        wanted = vllm_config.kv_transfer_config.kv_connector_extra_config["join_layers"]
+        return "BLHNC" if wanted and vllm_config.cache_config.block_size <= _UNSPLIT_TOKENS else "LBHNC"
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
@@ -124,7 +141,8 @@ class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         self.scheduler_side.allocated(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        return self.scheduler_side.take_meta(idle=scheduler_output.total_num_scheduled_tokens == 0)
+        preempted = scheduler_output.preempted_req_ids or ()
+        return self.scheduler_side.take_meta(scheduler_output.num_scheduled_tokens, preempted)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         self.scheduler_side.on_output(connector_output)
@@ -152,7 +170,9 @@ class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         config = self._kv_cache_config
         groups = [config.kv_cache_groups[g] for g in config.transfer_group_ids]
         names = [layout.in_order(group.layer_names) for group in groups]
-        strips = [[layout.strip_of(n, kv_caches[n], config.num_blocks) for n in layers] for layers in names]
+        strips = [
+            layout.joined([layout.strip_of(n, kv_caches[n], config.num_blocks) for n in layers]) for layers in names
+        ]
         self.page_bytes = sum(strip.page_bytes for layers in strips for strip in layers)
         sample = kv_caches[names[0][0]]
         on_cpu = sample.device.type == "cpu"
@@ -193,6 +213,15 @@ class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return self._rank_meta
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        assert isinstance(kv_connector_metadata, StepMeta)
+        self.worker_side.disarm(kv_connector_metadata)
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        meta = self._get_connector_metadata()
+        assert isinstance(meta, StepMeta)
+        return Computed(meta.computed) if meta.computed else None
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         meta = self._get_connector_metadata()

@@ -41,6 +41,22 @@ def strip_of(name: str, cache: object, pages: int) -> Strip:
     return Strip(cache.data_ptr(), stride_bytes * blocks, block_bytes * blocks)
 
 
+def joined(strips: Sequence[Strip]) -> list[Strip]:
+    """Layers whose parts of a page touch, as one strip: a page of all of them is then one run of bytes."""
+    whole: list[Strip] = []
+    for strip in strips:
+        last = whole[-1] if whole else None
+        if (
+            last is not None
+            and strip.base == last.base + last.page_bytes
+            and strip.stride_bytes == last.stride_bytes >= last.page_bytes + strip.page_bytes
+        ):
+            whole[-1] = Strip(last.base, last.stride_bytes, last.page_bytes + strip.page_bytes)
+        else:
+            whole.append(strip)
+    return whole
+
+
 def regions_of(caches: Mapping[str, torch.Tensor], place: Place) -> list[Region]:
     """The memory behind the caches, each piece once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in caches.values()}

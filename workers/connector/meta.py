@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 
 from llmserve.workers.connector.wire import Handoff
@@ -39,7 +43,7 @@ class StepMeta(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untyped
     """Scheduler to workers, each step."""
 
     disarm: list[int] = field(default_factory=list)
-    """Slots to be zeroed; before ``arm``, which may reuse them."""
+    """Slots to be zeroed before this step writes to pages; before ``arm``, which may reuse them."""
     arm: list[tuple[int, int]] = field(default_factory=list)
     """(slot, token): written before the step's outputs, one of which may publish the token, leave the worker."""
     hold: dict[str, tuple[int, float]] = field(default_factory=dict)
@@ -50,21 +54,36 @@ class StepMeta(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untyped
     """Handoffs that are not read: the producer is told so."""
     failures: list[str] = field(default_factory=list)
     """Kinds of failure of handoffs that were declined without a pull."""
+    computed: dict[str, int] = field(default_factory=dict)
+    """Request -> tokens of its prompt that are computed after this step, for prompts that go on."""
     idle: bool = False
     """Nothing is computed in this step."""
 
 
+@dataclass(slots=True)
+class Computed(KVConnectorWorkerMetadata):  # type: ignore[misc]  # vLLM is untyped
+    """A worker to the scheduler, with a step's output: ``StepMeta.computed`` has come true."""
+
+    tokens: dict[str, int]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        # All ranks were told the same.
+        return self
+
+
 class TransferStats(KVConnectorStats):  # type: ignore[misc]  # vLLM is untyped
-    """Finished transfers ``[engine, direction, bytes, seconds, failure, request]`` and requests freed."""
+    """Finished transfers ``[engine, direction, bytes, seconds, failure, request]``, requests freed, and ``[request,
+    encoded handoff]`` of prompts that are computed in part."""
 
     def __init__(self, data: dict[str, Any] | None = None) -> None:
         super().__init__(data if data else {})
         self.data: dict[str, list[Any]]
         self.data.setdefault("transfers", [])
         self.data.setdefault("released", [])
+        self.data.setdefault("ahead", [])
 
     def reset(self) -> None:
-        self.data = {"transfers": [], "released": []}
+        self.data = {"transfers": [], "released": [], "ahead": []}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         return TransferStats({key: [*self.data[key], *other.data.get(key, [])] for key in self.data})

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmserve.workers.connector.leases import new_token
-from llmserve.workers.connector.meta import Pull, RankMeta, StepMeta, TransferStats
+from llmserve.workers.connector.meta import Computed, Pull, RankMeta, StepMeta, TransferStats
 from llmserve.workers.connector.wire import (
     HANDOFF,
     HOLD,
@@ -50,6 +51,8 @@ class SchedulerSettings:
     """Tokens of a page, for each of ``groups``."""
     slots: int
     """Of the lease table: as many as there are pages, since each lease holds one at least."""
+    ahead: bool = False
+    """Whether pages are offered while their prompt is still being computed."""
 
 
 @dataclass(slots=True)
@@ -61,15 +64,21 @@ class _Pending:
 class SchedulerSide:
     """State of the leases given and of the handoffs to be read."""
 
-    def __init__(self, settings: SchedulerSettings) -> None:
+    def __init__(self, settings: SchedulerSettings, pages_of: Callable[[str], tuple[list[int], ...]]) -> None:
+        """``pages_of``: the page numbers of a running request, by group."""
         self._settings = settings
+        self._pages_of = pages_of
         self._fingerprint = ""
         self._ranks: dict[str, bytes] = {}
         self._free_slots = deque(range(settings.slots))
         self._armed: dict[str, tuple[int, int]] = {}
         """Request -> (slot, token), from its first allocation until its pages are free."""
         self._held: set[str] = set()
+        self._prefills: dict[str, Request] = {}
+        """Those of ``_armed`` whose prompt is not computed yet."""
         self._pending: dict[str, _Pending] = {}
+        self._reading_ahead: set[str] = set()
+        """Requests that only fetch the pages of a prompt that another engine computes."""
         self._meta = StepMeta()
         self._stats = TransferStats()
 
@@ -92,13 +101,23 @@ class SchedulerSide:
         if data is None:
             return
         try:
-            self._pending[request.request_id] = _Pending(decode_handoff(data), time.monotonic())
+            handoff = decode_handoff(data)
+            self._pending[request.request_id] = _Pending(handoff, time.monotonic())
+            if handoff.ahead:
+                self._reading_ahead.add(request.request_id)
         except WireError as error:
             logger.error("request %s is computed here: %s", request.request_id, error)
             self._meta.failures.append("other")
 
-    def matched_tokens(self, request: Request, computed_tokens: int) -> tuple[int, bool]:
-        """(tokens to be read beyond ``computed_tokens``, whether the request waits for them)."""
+    def matched_tokens(self, request: Request, computed_tokens: int) -> tuple[int | None, bool]:
+        """(tokens to be read beyond ``computed_tokens``, whether the request waits for them); None: not now."""
+        tokens, waits = self._readable(request, computed_tokens)
+        if not tokens and request.request_id in self._reading_ahead:
+            # It must not compute what it cannot read; its owner takes it back.
+            return None, False
+        return tokens, waits
+
+    def _readable(self, request: Request, computed_tokens: int) -> tuple[int, bool]:
         pending = self._pending.get(request.request_id)
         if pending is None:
             return 0, False
@@ -136,6 +155,8 @@ class SchedulerSide:
         if (request.kv_transfer_params or {}).get(HOLD) and request_id not in self._armed and self._free_slots:
             self._armed[request_id] = armed = (self._free_slots.popleft(), new_token())
             self._meta.arm.append(armed)
+            if self._settings.ahead:
+                self._prefills[request_id] = request
         # Once only: after a preemption, or a read that failed, the pages may be gone.
         pending = self._pending.pop(request_id, None)
         if pending is None:
@@ -167,11 +188,26 @@ class SchedulerSide:
 
     # -- steps --------------------------------------------------------------------------------------------------
 
-    def take_meta(self, *, idle: bool) -> StepMeta:
-        """What the workers have to do in this step."""
+    def take_meta(self, scheduled: Mapping[str, int], preempted: Collection[str] = ()) -> StepMeta:
+        """What the workers have to do in this step, which computes so many tokens of each request."""
+        for request_id in preempted:
+            self._disarm(request_id)
         meta, self._meta = self._meta, StepMeta()
-        meta.idle = idle
+        meta.idle = not scheduled
+        for request_id, request in list(self._prefills.items()):
+            tokens = request.num_computed_tokens + scheduled.get(request_id, 0)
+            if tokens >= request.num_prompt_tokens:
+                del self._prefills[request_id]
+            elif request_id in scheduled:
+                meta.computed[request_id] = tokens
         return meta
+
+    def _disarm(self, request_id: str) -> None:
+        """Its pages are free, and its token may be known."""
+        self._prefills.pop(request_id, None)
+        if armed := self._armed.pop(request_id, None):
+            self._meta.disarm.append(armed[0])
+            self._free_slots.append(armed[0])
 
     def on_output(self, output: KVConnectorOutput) -> None:
         """All ranks have reported these; the scheduler frees the pages next."""
@@ -180,6 +216,18 @@ class SchedulerSide:
             slot, _ = self._armed.pop(request_id)
             self._free_slots.append(slot)
             self._stats.data["released"].append(request_id)
+        if isinstance(computed := output.kv_connector_worker_meta, Computed):
+            for request_id, tokens in computed.tokens.items():
+                self._offer(request_id, tokens)
+
+    def _offer(self, request_id: str, tokens: int) -> None:
+        """Tell of the first pages of a prompt, unless it has gone or ended meanwhile."""
+        (page_tokens,) = self._settings.page_tokens
+        pages = tokens // page_tokens
+        if pages and request_id in self._armed and request_id not in self._held:
+            covered = [group[:pages] for group in self._groups_of(self._pages_of(request_id))]
+            handoff = self._handoff(request_id, pages * page_tokens, covered, ahead=True)
+            self._stats.data["ahead"].append([request_id, encode(handoff)])
 
     def take_stats(self) -> TransferStats | None:
         if self._stats.is_empty():
@@ -199,39 +247,44 @@ class SchedulerSide:
     ) -> tuple[bool, dict[str, Any] | None]:
         """(whether the pages stay, parameters for the output); ``hold`` says that the prefill ended as planned."""
         request_id = request.request_id
+        self._reading_ahead.discard(request_id)
         if pending := self._pending.pop(request_id, None):
             self._meta.dismiss.append(pending.handoff)
+        self._prefills.pop(request_id, None)
         armed = self._armed.get(request_id)
         if armed is None:
             return False, None
-        slot, token = armed
         settings = self._settings
         covered = [
-            pages[group][: -(-request.num_prompt_tokens // page_tokens)]
-            for group, page_tokens in zip(settings.groups, settings.page_tokens, strict=True)
+            group[: -(-request.num_prompt_tokens // page_tokens)]
+            for group, page_tokens in zip(self._groups_of(pages), settings.page_tokens, strict=True)
         ]
         if not hold or not any(covered):
-            # The token was never published, so that the slot only has to be clear before its next use.
-            del self._armed[request_id]
-            self._meta.disarm.append(slot)
-            self._free_slots.append(slot)
+            self._disarm(request_id)
             return False, None
         self._held.add(request_id)
-        self._meta.hold[request_id] = (slot, settings.lease_s)
-        handoff = Handoff(
+        self._meta.hold[request_id] = (armed[0], settings.lease_s)
+        return True, {HANDOFF: encode(self._handoff(request_id, request.num_prompt_tokens, covered))}
+
+    def _groups_of(self, pages: tuple[list[int], ...]) -> list[list[int]]:
+        return [pages[group] for group in self._settings.groups]
+
+    def _handoff(self, request_id: str, tokens: int, pages: list[list[int]], *, ahead: bool = False) -> Handoff:
+        settings, (slot, token) = self._settings, self._armed[request_id]
+        return Handoff(
             engine_id=settings.engine_id,
             fingerprint=self._fingerprint,
             request=request_id,
             slot=slot,
             token=token,
-            tokens=request.num_prompt_tokens,
+            tokens=tokens,
             lease_s=settings.lease_s,
             tp=settings.tp,
             pp=settings.pp,
-            pages=covered,
+            pages=pages,
             ranks=self._ranks,
+            ahead=ahead,
         )
-        return True, {HANDOFF: encode(handoff)}
 
 
 def lease_over(lease_s: float, age_s: float) -> bool:

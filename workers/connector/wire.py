@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from llmserve.kvstore.transfer.mover import Ends
+from llmserve.kvstore.transfer.orders import Ends
 
 VERSION = 2
 
@@ -60,6 +60,8 @@ class Handoff(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """``pp/tp`` -> encoded ``RankPages``."""
     cached_tokens: int = 0
     """Prompt tokens that the producer did not have to compute."""
+    ahead: bool = False
+    """The prompt is still being computed: what is read is not to be given back, the whole handoff follows."""
 
 
 def rank_key(pp_rank: int, tp_rank: int) -> str:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from llmserve.kvstore.transfer.base import Place, Run
 from llmserve.kvstore.transfer.ladder import Rung
-from llmserve.kvstore.transfer.mover import Attempt, Ends, Fetch, Fetched
+from llmserve.kvstore.transfer.orders import Attempt, Ends, Fetch, Fetched
 from llmserve.kvstore.transfer.pages import Strip, byte_runs, page_runs
 from llmserve.kvstore.transfer.runs import RunTable
 from llmserve.workers.connector.leases import Leases, LeaseTable
@@ -104,11 +104,14 @@ class WorkerSide:
 
     # -- orders of the scheduler --------------------------------------------------------------------------------
 
+    def disarm(self, meta: StepMeta) -> None:
+        """Before the step writes to any page: some may have been those of a prompt whose token is known."""
+        for slot in meta.disarm:
+            self._leases.table.clear(slot)
+
     def begin(self, meta: StepMeta) -> None:
         """Carry out what the scheduler ordered for this step."""
         now_s = time.monotonic()
-        for slot in meta.disarm:
-            self._leases.table.clear(slot)
         for slot, token in meta.arm:
             self._leases.table.arm(slot, token)
         for request, (slot, lease_s) in meta.hold.items():
@@ -123,6 +126,8 @@ class WorkerSide:
         self._start_reads()
 
     def _dismiss(self, handoff: Handoff) -> None:
+        if handoff.ahead:
+            return
         try:
             self._mover.notify(self._peer(handoff).ends, done(handoff.request))
         except WireError as error:
@@ -214,7 +219,7 @@ class WorkerSide:
             attempts[-1] = Attempt(attempts[-1].rung, 0, attempts[-1].seconds, failure)
         if failure:
             logger.warning("reading the pages of %s failed (%s): it is computed here", fetched.id, failure)
-        else:
+        elif not handoff.ahead:
             self._mover.notify(read.pages.ends, done(handoff.request))
         for attempt in attempts or [Attempt(_NO_RUNG, 0, 0.0, failure)]:
             self._record(attempt, fetched.id)

@@ -29,7 +29,8 @@ def with_tiers(
     if transfer is None:
         return {**tiers, "engine_id": engine_id}
     handoffs = {name: value for name, value in transfer.items() if name != "engine_id"}
-    extra = dict(handoffs["kv_connector_extra_config"])
+    # vLLM's offloading knows pages of one layer only.
+    extra = handoffs["kv_connector_extra_config"] | {"join_layers": False}
     if extra.get("io_bytes_s") and manifest.spec.storageClasses:
         extra["io_bytes_s"] *= 1 - TIER_IO_PART
     return {

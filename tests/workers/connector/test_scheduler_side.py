@@ -8,12 +8,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from llmserve.workers.connector.meta import RankMeta
+from llmserve.workers.connector.meta import Computed, RankMeta
 from llmserve.workers.connector.scheduler import SchedulerSettings, SchedulerSide, lease_over
 from llmserve.workers.connector.wire import HANDOFF, HOLD, RELEASE, Handoff, decode_handoff, encode
 
 PAGE = 16
-SETTINGS = SchedulerSettings(engine_id="e", lease_s=30.0, tp=1, pp=1, groups=(0,), page_tokens=(PAGE,), slots=4)
+SETTINGS = SchedulerSettings(
+    engine_id="e", lease_s=30.0, tp=1, pp=1, groups=(0,), page_tokens=(PAGE,), slots=4, ahead=True
+)
 
 
 @dataclass
@@ -23,6 +25,7 @@ class Asked:
     request_id: str
     num_prompt_tokens: int
     kv_transfer_params: dict[str, Any] = field(default_factory=dict)
+    num_computed_tokens: int = 0
 
 
 @dataclass
@@ -40,11 +43,12 @@ class Output:
     """As much of ``KVConnectorOutput``."""
 
     finished_sending: set[str] | None = None
+    kv_connector_worker_meta: Computed | None = None
 
 
 @pytest.fixture
 def side() -> SchedulerSide:
-    made = SchedulerSide(SETTINGS)
+    made = SchedulerSide(SETTINGS, lambda _: ([7, 8, 9],))
     made.set_ranks({(0, 0): RankMeta("kind", b"rank")})
     return made
 
@@ -69,19 +73,19 @@ def test_a_lease_is_armed_in_the_step_that_allocates_and_held_after_the_end(side
     request = Asked("p", 20, {HOLD: True})
     side.on_new_request(request)
     side.allocated(request, Blocks([7, 8]), 0)
-    ((slot, token),) = side.take_meta(idle=False).arm
+    ((slot, token),) = side.take_meta({"x": 1}).arm
     held, params = side.finished(request, ([7, 8],), hold=True)
     handoff = decode_handoff((params or {})[HANDOFF])
     assert held
     assert (handoff.slot, handoff.token, handoff.pages, handoff.tokens) == (slot, token, [[7, 8]], 20)
-    assert side.take_meta(idle=True).hold == {"p": (slot, 30.0)}
+    assert side.take_meta({}).hold == {"p": (slot, 30.0)}
 
 
 def test_a_second_allocation_keeps_the_token(side: SchedulerSide) -> None:
     request = Asked("p", 20, {HOLD: True})
     side.allocated(request, Blocks([7, 8]), 0)
     side.allocated(request, Blocks([9, 10]), 0)
-    assert len(side.take_meta(idle=False).arm) == 1
+    assert len(side.take_meta({"x": 1}).arm) == 1
 
 
 def test_pages_beyond_the_prompt_are_not_handed_over(side: SchedulerSide) -> None:
@@ -91,10 +95,10 @@ def test_pages_beyond_the_prompt_are_not_handed_over(side: SchedulerSide) -> Non
 def test_a_prefill_that_ended_otherwise_holds_nothing_and_disarms(side: SchedulerSide) -> None:
     request = Asked("p", 20, {HOLD: True})
     side.allocated(request, Blocks([7, 8]), 0)
-    ((slot, _),) = side.take_meta(idle=False).arm
+    ((slot, _),) = side.take_meta({"x": 1}).arm
     assert side.finished(request, ([7, 8],), hold=False) == (False, None)
     assert side.has_work()
-    assert side.take_meta(idle=False).disarm == [slot]
+    assert side.take_meta({"x": 1}).disarm == [slot]
 
 
 def test_slots_come_back_when_pages_are_free(side: SchedulerSide) -> None:
@@ -124,7 +128,7 @@ def test_what_is_not_cached_here_is_to_be_read(side: SchedulerSide, prompt: int,
 def test_only_the_missing_pages_are_read(side: SchedulerSide) -> None:
     request = decode(side, prefill(side, "p", 40, [7, 8, 9]), 41)
     side.allocated(request, Blocks([20, 21, 22]), 40 - PAGE)
-    pull = side.take_meta(idle=False).pull["d"]
+    pull = side.take_meta({"x": 1}).pull["d"]
     assert (pull.local, pull.remote) == ([[21, 22]], [[8, 9]])
     assert not pull.refusal
 
@@ -132,23 +136,23 @@ def test_only_the_missing_pages_are_read(side: SchedulerSide) -> None:
 def test_a_handoff_is_read_once_only(side: SchedulerSide) -> None:
     request = decode(side, prefill(side, "p", 20, [7, 8]), 21)
     side.allocated(request, Blocks([20, 21]), 20)
-    side.take_meta(idle=False)
+    side.take_meta({"x": 1})
     assert side.matched_tokens(request, 0) == (0, False)
     side.allocated(request, Blocks([20, 21]), 0)
-    meta = side.take_meta(idle=False)
+    meta = side.take_meta({"x": 1})
     assert (meta.pull, meta.dismiss) == ({}, [])
 
 
 def test_a_handoff_that_is_not_needed_is_dismissed(side: SchedulerSide) -> None:
     handoff = prefill(side, "p", 20, [7, 8])
     side.allocated(decode(side, handoff, 21), Blocks([20, 21]), 0)
-    assert side.take_meta(idle=False).dismiss == [handoff]
+    assert side.take_meta({"x": 1}).dismiss == [handoff]
 
 
 def test_a_handoff_of_a_request_that_ends_unread_is_dismissed(side: SchedulerSide) -> None:
     handoff = prefill(side, "p", 20, [7, 8])
     assert side.finished(decode(side, handoff, 21), ([],), hold=False) == (False, None)
-    assert side.take_meta(idle=False).dismiss == [handoff]
+    assert side.take_meta({"x": 1}).dismiss == [handoff]
 
 
 @pytest.mark.parametrize("change", [{"tp": 2}, {"pp": 2}, {"fingerprint": "other"}, {"pages": [[1], [2]]}])
@@ -156,34 +160,97 @@ def test_pages_that_do_not_fit_are_refused_and_computed_here(side: SchedulerSide
     handoff = msgspec.structs.replace(prefill(side, "p", 20, [7, 8]), **change)
     request = decode(side, handoff, 21)
     assert side.matched_tokens(request, 0) == (0, False)
-    assert side.take_meta(idle=False).failures == ["fingerprint"]
+    assert side.take_meta({"x": 1}).failures == ["fingerprint"]
 
 
 def test_a_page_that_the_producer_dropped_is_a_refusal(side: SchedulerSide) -> None:
     handoff = msgspec.structs.replace(prefill(side, "p", 20, [7, 8]), pages=[[0, 8]])
     side.allocated(decode(side, handoff, 21), Blocks([20, 21]), 20)
-    assert "sliding window" in side.take_meta(idle=False).pull["d"].refusal
+    assert "sliding window" in side.take_meta({"x": 1}).pull["d"].refusal
 
 
 def test_unreadable_handoffs_are_computed_here(side: SchedulerSide) -> None:
     request = Asked("d", 20, {HANDOFF: b"nonsense"})
     side.on_new_request(request)
     assert side.matched_tokens(request, 0) == (0, False)
-    assert side.take_meta(idle=False).failures == ["other"]
+    assert side.take_meta({"x": 1}).failures == ["other"]
 
 
 def test_releases_are_passed_on(side: SchedulerSide) -> None:
     side.on_new_request(Asked("x", 1, {RELEASE: ["p"]}))
     assert side.has_work()
-    assert side.take_meta(idle=True).release == ["p"]
+    assert side.take_meta({}).release == ["p"]
     assert not side.has_work()
 
 
 def test_ranks_of_different_kinds_are_refused() -> None:
     with pytest.raises(ValueError, match="different KV layouts"):
-        SchedulerSide(SETTINGS).set_ranks({(0, 0): RankMeta("a", b""), (0, 1): RankMeta("b", b"")})
+        SchedulerSide(SETTINGS, lambda _: ([],)).set_ranks({(0, 0): RankMeta("a", b""), (0, 1): RankMeta("b", b"")})
 
 
 @pytest.mark.parametrize(("age_s", "over"), [(0.0, False), (8.9, False), (9.1, True), (99.0, True)])
 def test_a_read_needs_some_of_its_lease_left(age_s: float, over: bool) -> None:
     assert lease_over(10.0, age_s) is over
+
+
+def offered(side: SchedulerSide) -> list[Handoff]:
+    stats = side.take_stats()
+    return [decode_handoff(data) for _, data in stats.data["ahead"]] if stats else []
+
+
+def half_way(side: SchedulerSide, tokens: int = 40) -> Asked:
+    """A prompt of 48 tokens of which ``tokens`` are computed in the step that begins."""
+    request = Asked("p", 48, {HOLD: True})
+    side.on_new_request(request)
+    side.allocated(request, Blocks([7, 8, 9]), 0)
+    return request
+
+
+def test_full_pages_of_a_prompt_are_offered_when_their_step_has_ended(side: SchedulerSide) -> None:
+    half_way(side)
+    meta = side.take_meta({"p": 40})
+    ((slot, token),) = meta.arm
+    assert meta.computed == {"p": 40}
+    assert not offered(side)
+    side.on_output(Output(kv_connector_worker_meta=Computed(meta.computed)))
+    (handoff,) = offered(side)
+    assert (handoff.tokens, handoff.pages, handoff.slot, handoff.token) == (32, [[7, 8]], slot, token)
+    assert handoff.ahead
+
+
+def test_a_prompt_of_one_step_and_its_last_chunk_are_not_offered(side: SchedulerSide) -> None:
+    request = half_way(side)
+    request.num_computed_tokens = 32
+    assert not side.take_meta({"p": 16}).computed
+    assert not side.take_meta({"p": 1}).computed
+
+
+def test_a_prompt_that_gives_way_loses_its_token_before_the_next_step_writes(side: SchedulerSide) -> None:
+    request = half_way(side)
+    meta = side.take_meta({"p": 40})
+    ((slot, token),) = meta.arm
+    assert side.take_meta({"x": 1}, preempted={"p"}).disarm == [slot]
+    side.on_output(Output(kv_connector_worker_meta=Computed(meta.computed)))
+    assert not offered(side)
+    side.allocated(request, Blocks([1, 2, 3]), 0)
+    assert side.take_meta({"p": 40}).arm[0][1] != token
+
+
+def test_a_prompt_that_is_cancelled_offers_nothing_more(side: SchedulerSide) -> None:
+    request = half_way(side)
+    meta = side.take_meta({"p": 40})
+    side.finished(request, ([7, 8, 9],), hold=False)
+    side.on_output(Output(kv_connector_worker_meta=Computed(meta.computed)))
+    assert not offered(side)
+    assert side.take_meta({}).disarm == [meta.arm[0][0]]
+
+
+def test_who_reads_ahead_computes_nothing_itself(side: SchedulerSide) -> None:
+    handoff = msgspec.structs.replace(prefill(side, "p", 32, [7, 8]), ahead=True, tokens=32)
+    request = decode(side, handoff, 33)
+    assert side.matched_tokens(request, 0) == (32, True)
+    side.allocated(request, Blocks([1, 2, 3]), 32)
+    # The read has failed: vLLM asks again.
+    assert side.matched_tokens(request, 0) == (None, False)
+    side.finished(request, ([1, 2, 3],), hold=False)
+    assert not side.take_meta({}).dismiss

@@ -11,7 +11,7 @@ import pytest
 
 from llmserve.kvstore.transfer.base import Place
 from llmserve.kvstore.transfer.ladder import Rung
-from llmserve.kvstore.transfer.mover import Attempt, Ends, Fetch, Fetched
+from llmserve.kvstore.transfer.orders import Attempt, Ends, Fetch, Fetched
 from llmserve.kvstore.transfer.pages import Strip
 from llmserve.workers.connector.leases import LeaseTable
 from llmserve.workers.connector.meta import Pull, StepMeta
