@@ -6,6 +6,7 @@
 # make bench  measure the whole path beside vLLM's own server; writes build/bench/path.json
 # make bench-transfer  pages between two processes, by every engine; writes build/bench/transfer.json
 # make bench-handoff  a handoff beside vLLM's own connector, on a GPU; writes build/bench/handoff.json
+# make bench-overlap  pages that move while their prompt is computed; writes build/bench/overlap.json
 # make bench-flow  fairness, waits and cost of the router, and what its death costs; writes build/bench/flow.json
 # make bench-gateway  what the gateway costs a token and a request; writes build/bench/gateway.json
 
@@ -18,7 +19,7 @@ MANIFEST ?= manifests/local.yaml
 # cpu or cuda; found by looking for an NVIDIA driver.
 EXTRA ?= $(if $(wildcard /dev/nvidiactl),cuda,cpu)
 
-.PHONY: up test check soak bench bench-gateway bench-kv bench-transfer bench-handoff bench-flow install clean
+.PHONY: up test check soak bench bench-gateway bench-kv bench-transfer bench-handoff bench-overlap bench-flow install clean
 .DELETE_ON_ERROR:
 
 up: $(VENV)/.installed
@@ -51,6 +52,9 @@ bench-transfer: $(VENV)/.installed-dev
 
 bench-handoff: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.bench.handoff
+
+bench-overlap: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.bench.overlap
 
 bench-flow: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.bench.flow

@@ -134,6 +134,9 @@ class Grant(Message, frozen=True, kw_only=True):
     """The encoded ``Request``; empty when it is too large to ride along and is to be fetched by ``seq``."""
     handoff: bytes = b""
     """Decode after a remote prefill: the encoded ``HandedOff``."""
+    ahead: bool = False
+    """Prefill goes on elsewhere, ``handoff`` is a ``Prefilling``: fetch its pages against credit that is set aside
+    for the request. Nothing is to be confirmed or run; the request's own grant follows, or never comes."""
 
 
 class Sync(Message, frozen=True, kw_only=True):
@@ -166,6 +169,17 @@ class Refused(Message, frozen=True, kw_only=True):
     reason: str
     retry: bool = True
     """False: no worker of this kind will ever run it (wrong engine API, does not fit)."""
+
+
+class Prefilling(Message, frozen=True, kw_only=True):
+    """The first pages of a long prompt are computed: a decode worker may fetch them while the rest follows."""
+
+    worker: str
+    seq: int
+    request_id: str
+    attempt: int
+    params: bytes
+    """As in ``HandedOff``; they last no longer than the prefill does."""
 
 
 class HandedOff(Message, frozen=True, kw_only=True):
@@ -421,6 +435,7 @@ AnyMessage: TypeAlias = (
     | Sync
     | Accepted
     | Refused
+    | Prefilling
     | HandedOff
     | Finished
     | Failed

@@ -13,6 +13,7 @@ from llmserve.bus.messages import (
     Finished,
     Grant,
     HandedOff,
+    Prefilling,
     Refused,
     Request,
     Result,
@@ -51,7 +52,7 @@ class Task:
         return self.status is Status.HELD
 
 
-Event: TypeAlias = Accepted | Refused | HandedOff | Finished | Failed
+Event: TypeAlias = Accepted | Refused | Prefilling | HandedOff | Finished | Failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,13 @@ class Submit:
 
     task: Task
     grant: Grant
+    work: Work
+
+
+@dataclass(frozen=True, slots=True)
+class FetchAhead:
+    """Give work to the engine that nothing depends on."""
+
     work: Work
 
 
@@ -107,4 +115,4 @@ class Beat:
     at_once: bool = False
 
 
-Action: TypeAlias = Tell | Deliver | Submit | Abort | Fetch | Complete | Beat
+Action: TypeAlias = Tell | Deliver | Submit | FetchAhead | Abort | Fetch | Complete | Beat

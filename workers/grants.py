@@ -6,6 +6,7 @@ from llmserve.bus.base import StoredRequest
 from llmserve.bus.cache_salt import CacheSalts
 from llmserve.bus.messages import Grant, HandedOff, MessageError, Request, Role, decode
 from llmserve.workers.actions import Action, Fetch, Status, Submit, Task, Tell
+from llmserve.workers.ahead import Aheads
 from llmserve.workers.engine.base import EngineInfo, Work
 from llmserve.workers.reports import Reports, stage_of
 from llmserve.workers.tasks import Tasks
@@ -14,7 +15,9 @@ from llmserve.workers.tasks import Tasks
 class Grants:
     """Decides about each grant of the leader; one is known by its sequence, so that one delivered twice runs once."""
 
-    def __init__(self, role: Role, info: EngineInfo, tasks: Tasks, reports: Reports, salts: CacheSalts) -> None:
+    def __init__(
+        self, role: Role, info: EngineInfo, tasks: Tasks, reports: Reports, salts: CacheSalts, aheads: Aheads
+    ) -> None:
         self.draining = False
         self.fetching: dict[int, Grant] = {}
         """Taken, and their requests are on their way from the stream."""
@@ -24,6 +27,7 @@ class Grants:
         self._tasks = tasks
         self._reports = reports
         self._salts = salts
+        self._aheads = aheads
 
     def granted(self, grant: Grant, now_s: float) -> list[Action]:
         """Accept a grant, refuse it, or answer again if it came before."""
@@ -38,6 +42,8 @@ class Grants:
             return [self._reports.refused(grant, f"all {self._info.slots} slots are taken")]
         if self._tasks.count(Status.ENDING) > 4 * self._info.slots:
             return [self._reports.refused(grant, "the bus does not take results fast enough")]
+        if (request := self._aheads.request(grant.seq, now_s)) is not None:
+            return self._consider(grant, request, now_s)
         if not grant.request:
             self.fetching[grant.seq] = grant
             return [Fetch(grant)]

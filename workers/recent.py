@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 K = TypeVar("K")
@@ -27,6 +28,9 @@ class Recent(Generic[K, V]):
         self._forget(now_s)
         item = self._items.get(key)
         return None if item is None else item[1]
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(list(self._items))
 
     def __len__(self) -> int:
         return len(self._items)

@@ -12,6 +12,7 @@ from llmserve.bus.messages import (
     Finished,
     Grant,
     HandedOff,
+    Prefilling,
     Reason,
     Refused,
     Result,
@@ -19,7 +20,7 @@ from llmserve.bus.messages import (
     Stage,
 )
 from llmserve.workers.actions import Action, Task, Tell
-from llmserve.workers.engine.base import EngineOutput
+from llmserve.workers.engine.base import EngineOutput, Offer
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,15 @@ class Reports:
             page_bytes=page_bytes,
             lease_s=lease_s,
             params=output.handoff,
+        )
+
+    def prefilling(self, task: Task, offer: Offer) -> Prefilling:
+        return Prefilling(
+            worker=self._member,
+            seq=task.seq,
+            request_id=task.request.request_id,
+            attempt=task.request.attempt,
+            params=offer.handoff,
         )
 
     @staticmethod

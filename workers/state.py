@@ -17,9 +17,10 @@ from llmserve.bus.messages import (
     Sync,
 )
 from llmserve.workers.actions import Abort, Action, Beat, Complete, Deliver, Status, Submit, Task, Tell
+from llmserve.workers.ahead import Aheads
 from llmserve.workers.engine.base import EngineInfo, EngineLoad, EngineOutput, Step
 from llmserve.workers.grants import Grants
-from llmserve.workers.reports import Identity, Reports
+from llmserve.workers.reports import Identity, Reports, stage_of
 from llmserve.workers.tasks import Tasks
 
 
@@ -44,7 +45,9 @@ class WorkerState:
         self._lease_s = lease_s
         self._reports = Reports(identity.member)
         self._tasks = Tasks(remember_s)
-        self._grants = Grants(identity.role, info, self._tasks, self._reports, salts or CacheSalts("", {}))
+        salts = salts or CacheSalts("", {})
+        self._aheads = Aheads(stage_of(identity.role), lease_s, salts)
+        self._grants = Grants(identity.role, info, self._tasks, self._reports, salts, self._aheads)
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
@@ -63,10 +66,10 @@ class WorkerState:
         """Whether no more grants are taken."""
         return self._grants.draining
 
-    def tenant_of(self, work_id: str) -> str:
+    def tenant_of(self, work_id: str, now_s: float) -> str:
         """Whose work it is; empty if it is not here any more."""
         task = self._tasks.of_work(work_id)
-        return task.tenant if task is not None else ""
+        return task.tenant if task is not None else self._aheads.tenant_of(work_id, now_s)
 
     def count(self, status: Status) -> int:
         return self._tasks.count(status)
@@ -121,10 +124,12 @@ class WorkerState:
         if grant.epoch < self.epoch:
             return [self._reports.refused(grant, f"epoch {grant.epoch} is over, {self.epoch} leads")]
         self.epoch = grant.epoch
-        return self._grants.granted(grant, now_s)
+        return self._aheads.granted(grant, now_s) if grant.ahead else self._grants.granted(grant, now_s)
 
     def fetched(self, grant: Grant, stored: StoredRequest | None, now_s: float) -> list[Action]:
         """The request of a grant that came without it; None if it is not on the stream any more."""
+        if grant.ahead:
+            return self._aheads.fetched(grant, stored, now_s)
         return self._grants.fetched(grant, stored, now_s)
 
     def not_fetched(self, grant: Grant, error: str) -> list[Action]:
@@ -159,6 +164,10 @@ class WorkerState:
                 ends += self._hold(task, output, now_s)
             elif output.reason is not None:
                 ends += self._end(task, output.reason, output.error, now_s)
+        for offer in step.offers:
+            task = self._tasks.of_work(offer.work_id)
+            if task is not None and task.status is Status.RUNNING and not task.cancelled:
+                ends.append(Tell(self._reports.prefilling(task, offer)))
         for work_id in step.released:
             ends += self._released(work_id, now_s)
         member = self.identity.member
@@ -235,7 +244,8 @@ class WorkerState:
             return []
         ids = set(cancel.request_ids)
         self._tasks.forbid(ids, now_s)
-        return self._tasks.cancel(task for task in self._tasks if task.request.request_id in ids)
+        running = self._tasks.cancel(task for task in self._tasks if task.request.request_id in ids)
+        return running + self._aheads.cancel(ids, now_s)
 
     def synced(self, sync: Sync, now_s: float) -> list[Action]:
         """Show a new leader everything: the inventory, and handoffs that it may not have heard of."""

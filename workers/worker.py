@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from msgspec.structs import replace
 
@@ -15,10 +16,10 @@ from llmserve.bus.base import Bus, BusError, Subscription
 from llmserve.bus.cache_salt import CacheSalts
 from llmserve.bus.membership import Beater
 from llmserve.bus.messages import AnyMessage, Cancel, Failed, Grant, Heartbeat, KvResync, Sync
-from llmserve.workers.actions import Abort, Action, Beat, Complete, Deliver, Event, Fetch, Submit, Tell
+from llmserve.workers.actions import Abort, Action, Beat, Complete, Deliver, Fetch, FetchAhead, Submit, Tell
 from llmserve.workers.cache_use import CacheUse
 from llmserve.workers.completions import Completions
-from llmserve.workers.engine.base import Engine, EngineDied, EngineError, EngineInfo, EngineLoad, Step
+from llmserve.workers.engine.base import Engine, EngineDied, EngineError, EngineInfo, EngineLoad, Step, Work
 from llmserve.workers.kv_feed import KvFeed
 from llmserve.workers.metrics import OneWorker
 from llmserve.workers.page_news import PageNews
@@ -202,7 +203,7 @@ class Worker:
                 if step == Step(kv=step.kv):
                     continue
             self._cache_use.saw(step)
-            self._metrics.stepped(step, now_s - last_s if busy else None, self.state.tenant_of)
+            self._metrics.stepped(step, now_s - last_s if busy else None, partial(self.state.tenant_of, now_s=now_s))
             if busy and step.prefill_tokens:
                 self._prefill_rate.add(step.prefill_tokens, now_s - last_s)
             last_s = now_s
@@ -220,6 +221,8 @@ class Worker:
                     self._publish(self._bus.subjects.events, action)
                 case Submit():
                     self._submit(action)
+                case FetchAhead(work):
+                    self._fetch_ahead(work)
                 case Abort():
                     self._engine.abort(action.work_ids)
                 case Fetch():
@@ -237,7 +240,9 @@ class Worker:
         except BusError as error:
             self._failed("publish", error)
         if isinstance(action, Tell):
-            self._log(action.event)
+            if isinstance(event := action.event, Failed):
+                ids = {"request_id": event.request_id, "attempt": event.attempt}
+                logger.warning("failed: %s", event.error, extra=ids)
             self._metrics.told(action.event)
 
     def _beat(self, *, at_once: bool) -> None:
@@ -258,6 +263,12 @@ class Worker:
             self._act(self.state.refused(action, str(error), retry=isinstance(error, EngineDied)))
         else:
             self._act(self.state.accepted(action))
+
+    def _fetch_ahead(self, work: Work) -> None:
+        try:
+            self._engine.submit(work)
+        except EngineError as error:
+            self._failed("fetch ahead", error)
 
     async def _fetch(self, grant: Grant) -> None:
         try:
@@ -284,12 +295,6 @@ class Worker:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _log(self, event: Event) -> None:
-        if isinstance(event, Failed):
-            logger.warning(
-                "failed: %s", event.error, extra={"request_id": event.request_id, "attempt": event.attempt}
-            )
-
-    def _failed(self, what: str, error: BusError) -> None:
+    def _failed(self, what: str, error: BusError | EngineError) -> None:
         self._metrics.failed(what)
         logger.error("worker %s: %s failed: %s", self._identity.member, what, error)

@@ -20,6 +20,14 @@ class SendGrant(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
+class SendAhead:
+    """Offer a worker the first pages of a prompt; nobody minds if it is not there."""
+
+    worker: str
+    grant: Grant
+
+
+@dataclass(frozen=True, slots=True)
 class NotifyGateway:
     """Tell the gateway that waits for a request what became of it."""
 
@@ -55,4 +63,4 @@ class AskSnapshot:
     member: str
 
 
-Action: TypeAlias = SendGrant | NotifyGateway | Discard | CheckStored | Broadcast | AskSnapshot
+Action: TypeAlias = SendGrant | SendAhead | NotifyGateway | Discard | CheckStored | Broadcast | AskSnapshot

@@ -7,7 +7,16 @@ import logging
 from collections.abc import Callable, Coroutine, Iterable
 
 from llmserve.bus.base import Bus, BusError
-from llmserve.bus.flow.actions import Action, AskSnapshot, Broadcast, CheckStored, Discard, NotifyGateway, SendGrant
+from llmserve.bus.flow.actions import (
+    Action,
+    AskSnapshot,
+    Broadcast,
+    CheckStored,
+    Discard,
+    NotifyGateway,
+    SendAhead,
+    SendGrant,
+)
 from llmserve.bus.flow.events import Absent, Checked, NoResponders
 from llmserve.bus.flow.ledger import Ledger
 from llmserve.bus.flow.metrics import FlowMetrics
@@ -71,6 +80,8 @@ class Carrier:
         subjects = self._bus.subjects
         if isinstance(action, SendGrant):
             self._send_grant(action)
+        elif isinstance(action, SendAhead):
+            self._bus.publish(subjects.work(action.worker), action.grant)
         elif isinstance(action, NotifyGateway):
             self._bus.publish(subjects.gateway(action.gateway), action.message)
         elif isinstance(action, Broadcast):

@@ -8,6 +8,7 @@ from typing import Any
 
 from llmserve.bus.base import StoredRequest
 from llmserve.bus.flow.actions import Action, SendGrant
+from llmserve.bus.flow.ahead import Aheads
 from llmserve.bus.flow.arrivals import Arrivals
 from llmserve.bus.flow.dispatch import Dispatcher, Granted
 from llmserve.bus.flow.entry import Entry
@@ -32,6 +33,7 @@ from llmserve.bus.messages import (
     HandedOff,
     Heartbeat,
     KvEvents,
+    Prefilling,
     Refused,
     encode,
 )
@@ -54,6 +56,7 @@ class RouterCore:
         self.locality = Locality(settings.index_blocks)
         self._dispatcher = Dispatcher(self.ledger, rng, placement or ByLocality(self.locality))
         handoffs = Handoffs(self.ledger, self._outcomes)
+        aheads = Aheads(self.ledger, self._outcomes, self._dispatcher)
         arrivals = Arrivals(self.ledger, self.members, self._outcomes, handoffs)
         progress = Progress(self.ledger, self._outcomes, handoffs, self.stats)
         presence = Presence(self.ledger, self.members, self._outcomes, handoffs, self.stats)
@@ -73,6 +76,7 @@ class RouterCore:
             Refused: progress.refused,
             Finished: progress.finished,
             Failed: progress.failed,
+            Prefilling: aheads.prefilling,
             HandedOff: handoffs.handed_off,
             Heartbeat: presence.heartbeat,
             KvEvents: whereabouts.told,

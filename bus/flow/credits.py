@@ -53,6 +53,9 @@ class WorkerState:
         """Of the book's requests, those of class batch."""
         self.held_pages = 0
         """Of ``holding``."""
+        self.reserved: dict[int, int] = {}
+        """Pages set aside, by sequence, for requests that another worker prefills and whose pages come ahead."""
+        self.reserved_pages = 0
         self.strays: dict[int, Stray] = {}
         """What it runs besides the book, by sequence."""
         self.stray_prompt_tokens = 0
@@ -75,14 +78,14 @@ class WorkerState:
     @property
     def alone(self) -> bool:
         """Whether a request would have the worker for itself."""
-        return not self.book and not self.strays
+        return not (self.book or self.strays or self.reserved)
 
     @property
     def free_pages(self) -> int:
         """Pages neither used nor set aside, by the more careful of the worker's count and ours."""
         return min(
-            self.beat.pages_total - self.pages - self.stray_pages - self.held_pages,
-            self.beat.pages_free - self.unlisted_pages - self.stray_unlisted_pages,
+            self.beat.pages_total - self.pages - self.stray_pages - self.held_pages - self.reserved_pages,
+            self.beat.pages_free - self.unlisted_pages - self.stray_unlisted_pages - self.reserved_pages,
         )
 
     @property
@@ -94,7 +97,7 @@ class WorkerState:
         """Whether one more request of class batch leaves the slots that are not for it. Strays may be batch."""
         if self.stage is Stage.PREFILL:
             return True
-        return self.batch + len(self.strays) < self.beat.slots - min_decode_slots
+        return self.batch + len(self.strays) + len(self.reserved) < self.beat.slots - min_decode_slots
 
     def pages_for(self, prompt_tokens: int, max_tokens: int, reserved_output_tokens: int) -> int:
         """Pages that a request of that size is going to need here."""
@@ -105,7 +108,7 @@ class WorkerState:
 
     def has_room(self) -> bool:
         """Whether some request, however small, fits now."""
-        beat, busy = self.beat, len(self.book) + len(self.strays)
+        beat, busy = self.beat, len(self.book) + len(self.strays) + len(self.reserved)
         if busy >= beat.slots or not self.open:
             return False
         if not busy and not self.holds:
@@ -171,9 +174,20 @@ class WorkerState:
                 del self._prefixes[entry.prefix.head]
         self.batch -= entry.is_batch
         self.pages -= entry.pages
+        if entry.ahead is not None:
+            entry.ahead.unreserve(entry)
         if not entry.listed:
             self.unlisted_pages -= entry.pages
         entry.worker = None
+
+    def reserve(self, entry: Entry, pages: int) -> None:
+        """Set a slot and pages aside until the worker that prefills the request is done with it."""
+        entry.ahead = self
+        self.reserved[entry.seq] = pages
+        self.reserved_pages += pages
+
+    def unreserve(self, entry: Entry) -> None:
+        self.reserved_pages -= self.reserved.pop(entry.seq, 0)
 
     def prefixes_like(self, prefix: Prefix) -> Iterable[Prefix]:
         """Prefixes of the book's latest requests that begin as ``prefix`` does."""
@@ -237,6 +251,7 @@ class WorkerState:
         assert self.unlisted_pages == unlisted, f"{self.member}: unlisted pages"
         assert min(self.work_tokens, self.pages, self.unlisted_pages) >= 0, f"{self.member}: negative"
         assert self.batch == sum(entry.is_batch for entry in entries), f"{self.member}: batch requests"
+        assert self.reserved_pages == sum(self.reserved.values()), f"{self.member}: reserved pages"
         held = sum(entry.pages for entry in self.holding.values())
         assert self.held_pages == held, f"{self.member}: held pages"
         strays = self.strays.values()

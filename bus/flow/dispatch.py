@@ -206,7 +206,20 @@ class Dispatcher:
         able = [worker for worker in room if worker.fits(entry, reserved, work_tokens) and worker.serves(entry)]
         if self._settings.max_kv_hbm_bytes is not None:
             able = [worker for worker in able if self._kv_bytes(entry, worker) <= self._kv_left]
+        if entry.ahead in able:
+            return entry.ahead
         return cheapest(entry, able, self._placement, self._rng)
+
+    def choose_ahead(self, entry: Entry, fingerprint: str, now_s: float) -> WorkerState | None:
+        """The decode worker that the request would get if it were prefilled by now and nobody waited before it."""
+        lanes = self._ledger.decode_queues.get(fingerprint)
+        if lanes is not None and lanes.size:
+            return None
+        self._placement.begin(now_s)
+        self._kv_left = self._ledger.budgets.kv_hbm_left(self._ledger.workers.values())
+        workers = self._pools.decode_workers(fingerprint)
+        room = [worker for worker in workers if self._has_room(worker, batch=entry.is_batch)]
+        return self._choose(entry, room, now_s)
 
     def _has_room(self, worker: WorkerState, *, batch: bool = False) -> bool:
         if not worker.has_room() or self._ledger.budgets.stage_full(worker.stage):

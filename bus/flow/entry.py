@@ -91,6 +91,8 @@ class Entry:
     holder: WorkerState | None = None
     """The worker that holds the pages of ``handoff``."""
     lease_until_s: float = 0.0
+    ahead: WorkerState | None = None
+    """The decode worker that fetches its pages while they are computed."""
     counted: bool = False
     """Part of the budgets' sums."""
     cancelled: bool = False

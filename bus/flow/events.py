@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from llmserve.bus.base import StoredRequest
-from llmserve.bus.messages import Accepted, Cancel, Failed, Finished, HandedOff, Heartbeat, KvEvents, Refused
+from llmserve.bus.messages import (
+    Accepted,
+    Cancel,
+    Failed,
+    Finished,
+    HandedOff,
+    Heartbeat,
+    KvEvents,
+    Prefilling,
+    Refused,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +68,9 @@ class Tick:
     """Time has passed."""
 
 
+Told: TypeAlias = Accepted | Refused | Prefilling | HandedOff | Finished | Failed | Heartbeat | KvEvents | Cancel
+"""Messages of workers, members and gateways."""
+
 Event: TypeAlias = (
-    StoredRequest
-    | Accepted
-    | Refused
-    | HandedOff
-    | Finished
-    | Failed
-    | Heartbeat
-    | KvEvents
-    | Cancel
-    | NoResponders
-    | MemberLost
-    | Absent
-    | StreamRead
-    | Checked
-    | Reconnected
-    | Tick
+    Told | StoredRequest | NoResponders | MemberLost | Absent | StreamRead | Checked | Reconnected | Tick
 )

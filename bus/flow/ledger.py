@@ -73,6 +73,7 @@ class Ledger:
         """Wait for the first worker."""
         self._detach(entry)
         self._uncount(entry)
+        entry.ahead = None
         entry.move(Place.QUEUED, now_s)
         entry.queue = self.first_queue(entry)
         entry.queue.push(entry, self.costs.estimate(entry))
@@ -99,6 +100,10 @@ class Ledger:
         """Sent to a worker; the entry was served from its queue."""
         self._put_on(entry, worker, worker.stage, Place.GRANTED, now_s)
         self.timers.set(now_s + self.settings.confirm_timeout_s, entry)
+
+    def reserve(self, entry: Entry, worker: WorkerState) -> None:
+        """Set room aside at a decode worker, as long as its prefill worker has it."""
+        worker.reserve(entry, self._pages(entry, worker))
 
     def confirm(self, entry: Entry, now_s: float) -> None:
         entry.move(Place.RUNNING, now_s)
@@ -137,7 +142,7 @@ class Ledger:
             left = Stray(entry.tenant, entry.stage, entry.prompt_tokens, entry.bound_tokens, pages, listed)
             self._add_stray(worker, entry.seq, left)
         self._uncount(entry)
-        entry.handoff = entry.holder = None
+        entry.handoff = entry.holder = entry.ahead = None
 
     def recount_strays(self, worker: WorkerState) -> None:
         """After a heartbeat: what its inventory shows besides the book is what it runs besides the book."""
@@ -221,6 +226,10 @@ class Ledger:
         for worker in self.workers.values():
             worker.check()
             assert not worker.gone, f"{worker.member}: gone and known"
+            for seq in worker.reserved:
+                entry = self.entries[seq]
+                assert entry.ahead is worker, f"{seq}: room is set aside at {worker.member}"
+                assert entry.worker is not None, f"{seq}: room is set aside for what nobody prefills"
         queues = []
         for lanes in (*self.first_queues.values(), *self.decode_queues.values()):
             lanes.check()

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from llmserve.bus.base import Bus, BusError, Follower, Subscription
 from llmserve.bus.flow.carrier import RETRY_S, Carrier
 from llmserve.bus.flow.core import RouterCore
-from llmserve.bus.flow.events import Event, Reconnected, StreamRead, Tick
+from llmserve.bus.flow.events import Event, Reconnected, StreamRead, Tick, Told
 from llmserve.bus.flow.metrics import FlowMetrics
 from llmserve.bus.flow.placement import Placement
 from llmserve.bus.flow.settings import RouterSettings
@@ -22,12 +22,6 @@ from llmserve.bus.messages import (
     Accepted,
     AnyMessage,
     Cancel,
-    Failed,
-    Finished,
-    HandedOff,
-    Heartbeat,
-    KvEvents,
-    Refused,
     Sync,
 )
 
@@ -203,7 +197,7 @@ class Router:
                 self._stand_down(Deposed(message.router, message.epoch))
         elif isinstance(message, Cancel) and 0 < message.epoch < self.epoch:
             logger.warning("a deposed router's cancellation is not heard: epoch %d is over", message.epoch)
-        elif isinstance(message, Accepted | Refused | HandedOff | Finished | Failed | Heartbeat | KvEvents | Cancel):
+        elif isinstance(message, Told):
             self._handle(message)
 
     async def _on_reconnect(self) -> None:

@@ -50,10 +50,12 @@ class Mover:
         bucket: TokenBucket,
         *,
         probe: Region | None = None,
+        probe_piece_bytes: int = 64 << 10,
         owner: object = None,
         express: TransferEngine | None = None,
     ) -> None:
         """``probe``: memory for probes, registered already, kept alive by ``owner``; without it none are made.
+        ``probe_piece_bytes``: the runs that pages come in.
 
         ``express``: an engine for the owner's thread, see ``Express``.
         """
@@ -70,7 +72,7 @@ class Mover:
         self._peers = Peers(self._engines)
         self._fetches = Fetches(self._engines, self._peers, self.ends)
         self._pushes = Pushes(self._engines, self._peers)
-        self._probes = Probes(probe, self._peers, bucket)
+        self._probes = Probes(probe, self._peers, bucket, probe_piece_bytes)
         self._orders: deque[Fetch | tuple[Ends, bytes]] = deque()
         self._notes: deque[bytes] = deque()
         self._waiting: deque[Job] = deque()

@@ -9,17 +9,16 @@ from llmserve.kvstore.transfer.orders import Fetch
 from llmserve.kvstore.transfer.pacing import TokenBucket
 from llmserve.kvstore.transfer.peers import Peer, Peers
 
-PROBE_PIECE_BYTES = 64 << 10
-"""A page of one layer of an 8B model on a GPU; those of others are of this order."""
 _PROBE_S = 2.0
 
 
 class Probes:
     """Which probe is next."""
 
-    def __init__(self, memory: Region | None, peers: Peers, bucket: TokenBucket) -> None:
-        """``memory`` is registered already; without it nothing is probed."""
+    def __init__(self, memory: Region | None, peers: Peers, bucket: TokenBucket, piece_bytes: int) -> None:
+        """``memory`` is registered already; without it nothing is probed. ``piece_bytes``: what pages come in."""
         self._memory, self._peers, self._bucket = memory, peers, bucket
+        self._piece_bytes = piece_bytes
 
     def next(self, now_s: float) -> Job | None:
         """The probe to be made now, its bytes charged; only where pages were fetched from."""
@@ -31,15 +30,15 @@ class Probes:
             for rung in peer.ladder.due(now_s):
                 if self._bucket.wait_s(now_s) > 0:
                     return None
-                job = _probe(self._memory, peer, rung)
+                job = _probe(self._memory, peer, rung, self._piece_bytes)
                 self._bucket.take(job.size_bytes, now_s)
                 return job
         return None
 
 
-def _probe(memory: Region, peer: Peer, rung: Rung) -> Job:
+def _probe(memory: Region, peer: Peer, rung: Rung, piece_bytes: int) -> Job:
     size_bytes = min(memory.size_bytes, peer.ends.probe_bytes) // 2
-    piece = max(1, min(PROBE_PIECE_BYTES, size_bytes))
+    piece = max(1, min(piece_bytes, size_bytes))
     # Written to the second half: the peer may probe at the same time and reads the first.
     runs = [
         Run(memory.address + size_bytes + at, peer.ends.probe + at, min(piece, size_bytes - at))

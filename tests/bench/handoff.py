@@ -1,7 +1,9 @@
 """A prompt's pages from one vLLM engine to another on one GPU, by our connector and by vLLM's own.
 
 Two processes with a model of Llama-3.1-8B's shape and made-up weights share the GPU. The decode engine steps all the
-time, as a busy one does. Writes ``build/bench/handoff.json``. ``--tiny`` is for a try on any GPU.
+time, as a busy one does. Kind ``llmserve`` moves the pages at the end by the same-host engine, ``nixl`` does so by
+NIXL alone, ``chunks`` and ``ahead`` after and during a prefill in chunks of 2,048 tokens. Writes
+``build/bench/handoff.json``. ``--tiny`` is for a try on any GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from llmserve.workers.connector.wire import decode_handoff
 
 NEW_TOKENS = 16
 REPEATS = 4
@@ -39,6 +43,7 @@ LLAMA: dict[str, Any] = {
     "eos_token_id": 1,
     "tie_word_embeddings": False,
 }
+CHUNKED, CHUNK = ("chunks", "ahead"), 2048
 TINY = LLAMA | {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
 
 
@@ -56,13 +61,13 @@ def transfer_config(kind: str, *, producer: bool) -> dict[str, Any]:
             "lease_s": 60.0,
             "timeout_s": 20.0,
             "engine_order": ["nixl"],
-            "same_host": True,
+            "same_host": kind != "nixl",
             "nixl_backend_policy": "auto",
             "ucx_rdma": True,
             "host": "127.0.0.1",
             "model_id": "bench",
             "io_bytes_s": None,
-            "ahead": False,
+            "ahead": kind == "ahead",
             "join_layers": True,
             "held_poll_s": 0.0,
         },
@@ -95,8 +100,8 @@ class Engine:
             dtype="bfloat16",
             max_model_len=max(lengths) + 64,
             max_num_seqs=8,
-            max_num_batched_tokens=8192,
-            enable_prefix_caching=False,
+            max_num_batched_tokens=CHUNK if kind in CHUNKED else 8192,
+            enable_prefix_caching=kind in CHUNKED,
             gpu_memory_utilization=0.45,
             kv_cache_memory_bytes=10 << 30,
             disable_log_stats=True,
@@ -104,6 +109,8 @@ class Engine:
             kv_transfer_config=KVTransferConfig(**transfer_config(kind, producer=producer)),
         )
         self.engine = LLMEngine.from_engine_args(arguments)
+        self.kind = kind
+        self.connector: Any = self.engine.engine_core.engine_core.scheduler.connector
 
     def run(self, name: str, prompt: list[int], tokens: int, params: dict[str, Any] | None) -> dict[str, Any]:
         """Times are of the monotonic clock, which processes of one machine share."""
@@ -120,6 +127,7 @@ class Engine:
         seen = 0
         while True:
             outputs = self.engine.step()
+            self.offer()
             if not times:
                 marks.append(time.monotonic() - begun_s)
             for output in outputs:
@@ -131,7 +139,14 @@ class Engine:
                     params = output.kv_transfer_params
                     return {"begun": begun_s, "times": times, "tokens": ids, "params": params, "marks": marks}
 
+    def offer(self) -> None:
+        """Pass on what the prefill has on offer."""
+        if self.kind == "ahead" and (stats := self.connector.scheduler_side.take_stats()) is not None:
+            for _, handoff in stats.data["ahead"]:
+                self.pipe.send(handoff)
+
     def serve(self, pipe: Connection) -> None:
+        self.pipe = pipe
         pipe.send("ready")
         while True:
             while not pipe.poll(0):
@@ -162,8 +177,18 @@ def ask(pipe: Connection, *order: Any) -> dict[str, Any]:
     return answer
 
 
-def prompt_of(tokens: int, vocabulary: int) -> list[int]:
-    return [2 + (7919 * i * i + 104729 * i) % (vocabulary - 2) for i in range(tokens)]
+def prefilled(prefill: Connection, decode: Connection, name: str, prompt: list[int], params: dict[str, Any]) -> Any:
+    """Ask for a prefill; what it has on offer meanwhile goes to the decode engine."""
+    prefill.send((name, prompt, 1, params))
+    while not isinstance(answer := prefill.recv(), dict):
+        pages = decode_handoff(answer).tokens
+        ask(decode, f"a{name}-{pages}", prompt[: pages + 1], 1, {"llmserve_handoff": answer})
+    return answer
+
+
+def prompt_of(tokens: int, vocabulary: int, number: int) -> list[int]:
+    """Another one for each ``number``: the engines may keep pages."""
+    return [2 + (7919 * i * i + 104729 * i + 31 * number) % (vocabulary - 2) for i in range(tokens)]
 
 
 def handoffs(kind: str, model: str, config: dict[str, Any], lengths: list[int]) -> dict[str, float]:
@@ -181,18 +206,21 @@ def handoffs(kind: str, model: str, config: dict[str, Any], lengths: list[int]) 
         assert (said := pipe.recv()) == "ready", said
     try:
         for tokens in lengths:
-            prompt = prompt_of(tokens, config["vocab_size"])
-            whole = [ask(decode, f"w{tokens}-{i}", prompt, NEW_TOKENS, None) for i in range(2)][-1]
-            step_s = statistics.median(b - a for a, b in zip(whole["times"], whole["times"][1:], strict=False))
             found: list[tuple[float, float, bool]] = []
             started_s: list[float] = []
+            steps_s: list[float] = []
             for repeat in range(REPEATS):
-                first = ask(prefill, f"p{tokens}-{repeat}", prompt, 1, params_of(kind))
+                prompt = prompt_of(tokens, config["vocab_size"], repeat)
+                first = prefilled(prefill, decode, f"p{tokens}-{repeat}", prompt, params_of(kind))
                 assert first["params"], "the prefill engine hands nothing over"
                 # vLLM's own computes the last token of the prompt again and samples the first one anew.
                 known = [] if kind == "nixl_connector" else first["tokens"]
                 name, params = f"d{tokens}-{repeat}", dict(first["params"])
                 rest = ask(decode, name, prompt + known, NEW_TOKENS - len(known), params)
+                # After the handoff, so that the decode engine cannot have its pages yet.
+                whole = ask(decode, f"w{tokens}-{repeat}", prompt, NEW_TOKENS, None)
+                steps_s += [b - a for a, b in zip(whole["times"], whole["times"][1:], strict=False)]
+                step_s = statistics.median(steps_s)
                 gap_s = rest["times"][0] - first["times"][0]
                 prefill_s = first["times"][0] - first["begun"]
                 equal = known + rest["tokens"] == whole["tokens"]
@@ -228,7 +256,7 @@ def handoffs(kind: str, model: str, config: dict[str, Any], lengths: list[int]) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--kinds", nargs="+", default=["llmserve", "nixl_connector"])
+    parser.add_argument("--kinds", nargs="+", default=["llmserve", "nixl", "chunks", "ahead", "nixl_connector"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 8192, 32768])
     parser.add_argument("--out", default="build/bench/handoff.json")
     options = parser.parse_args()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 import time
 
 import aiohttp
@@ -38,6 +40,24 @@ def test_a_request_goes_through_them_and_its_pages_move_between_two_processes(se
         5,
         "the transfer to be counted",
     )
+
+
+@pytest.mark.vllm
+def test_status_says_which_engines_move_pages_and_why_others_do_not(services: Services) -> None:
+    said = subprocess.run(
+        [BIN / "llmserve", "status", "-f", services.manifest],
+        env={**services.variables, "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
+    lines = [line for line in said.splitlines() if "pages move by" in line]
+    assert len(lines) == 2, said
+    for line in lines:
+        # The same-host engine is off here.
+        assert "nixl" in line.partition("pages move by")[2]
+        assert "same_host" not in line
 
 
 @pytest.mark.vllm

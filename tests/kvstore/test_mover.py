@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
-from llmserve.kvstore.transfer import open_engine, unavailable
+from llmserve.kvstore.transfer import ladder, open_engine, unavailable
 from llmserve.kvstore.transfer.base import EngineOptions, Place, Region, Run
 from llmserve.kvstore.transfer.ladder import Rung
 from llmserve.kvstore.transfer.mover import Mover
@@ -128,12 +128,19 @@ def test_an_engine_that_stalls_is_given_up_before_the_deadline(ends: tuple[End, 
     assert_arrived(here)
 
 
-def test_a_failed_rung_is_left_alone_until_it_has_cooled_down(ends: tuple[End, End]) -> None:
+def test_a_failed_rung_is_left_alone_and_twice_as_long_when_it_fails_again(
+    ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ladder, "COOL_DOWN_S", 0.4)
     here, there = ends
-    here.fail(FIRST, "completion", times=1)
+    here.fail(FIRST, "completion", times=2)
     here.fetch(there)
     assert tried(here.fetch(there)) == [(B, "")]
-    time.sleep(2.1)
+    time.sleep(0.5)
+    assert tried(here.fetch(there)) == [(A, "peer"), (B, "")]
+    time.sleep(0.5)
+    assert tried(here.fetch(there)) == [(B, "")]
+    time.sleep(0.5)
     assert tried(here.fetch(there)) == [(A, "")]
 
 
@@ -268,5 +275,24 @@ def test_a_pair_is_probed_in_both_directions_and_the_fastest_rung_is_used_from_t
     started = [dict(end.engines[FIRST].started) for end in (here, there)]
     time.sleep(0.3)
     assert [dict(end.engines[FIRST].started) for end in (here, there)] == started
+    here.mover.close()
+    there.mover.close()
+
+
+def test_when_transfers_become_half_as_fast_the_pair_is_probed_anew(caplog: pytest.LogCaptureFixture) -> None:
+    here, there = End(probes=True), End(probes=True)
+    here.fetch(there)
+    probed = eventually(lambda: [r for r in [here.mover.rates(there.mover.ends)] if len(r) == 4])[0]
+    for end in (here, there):
+        end.fail(FIRST, "slow")
+
+    def noticed() -> list[bool]:
+        here.fetch(there, list(range(PAGES)))
+        return [True] if "has become slow" in caplog.text else []
+
+    assert eventually(noticed)
+    # Nothing is fetched any more: what changes was probed.
+    assert eventually(lambda: [1] if here.mover.rates(there.mover.ends)[A_PUSH] < probed[A_PUSH] / 2 else [])
+    time.sleep(0.5)  # the last probes end
     here.mover.close()
     there.mover.close()

@@ -181,7 +181,9 @@ class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         table, fence = LeaseTable(config.num_blocks), WorkerSide.fence_table()
         regions = layout.regions_of({n: kv_caches[n] for layers in names for n in layers}, place)
         regions += [Region(t.address, t.size_bytes, Place()) for t in (table, fence)]
-        mover, self.transports = open_mover(self._ladder(place, kind), regions, self._bucket())
+        mover, self.transports = open_mover(
+            self._ladder(place, kind, min(s.page_bytes for layers in strips for s in layers)), regions, self._bucket()
+        )
         self._worker = WorkerSide(
             mover,
             strips=strips,
@@ -195,7 +197,7 @@ class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         tuples = [[(s.base, s.stride_bytes, s.page_bytes) for s in layers] for layers in strips]
         self._rank_meta = RankMeta(kind, encode(RankPages(mover.ends, place.gpu, tuples, table.address)))
 
-    def _ladder(self, place: Place, kind: str) -> LadderOptions:
+    def _ladder(self, place: Place, kind: str, piece_bytes: int) -> LadderOptions:
         extra = self._extra
         options = EngineOptions(
             gpu=place.gpu,
@@ -205,7 +207,7 @@ class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
             ucx_rdma=extra["ucx_rdma"],
         )
         first = (SAME_HOST,) if extra["same_host"] else ()
-        return LadderOptions((*first, *extra["engine_order"]), options)
+        return LadderOptions((*first, *extra["engine_order"]), options, piece_bytes)
 
     def _bucket(self) -> TokenBucket:
         rate = self._extra.get("io_bytes_s") or math.inf

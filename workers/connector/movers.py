@@ -23,6 +23,8 @@ class LadderOptions:
 
     order: tuple[str, ...]
     options: EngineOptions
+    piece_bytes: int
+    """The runs of bytes that pages come in."""
 
 
 def open_mover(ladder: LadderOptions, regions: Sequence[Region], bucket: TokenBucket) -> tuple[Mover, str]:
@@ -45,7 +47,8 @@ def open_mover(ladder: LadderOptions, regions: Sequence[Region], bucket: TokenBu
     reasons = "".join(f"; {name}: {reason}" for name, reason in skipped.items())
     logger.info("pages move by %s%s", names, reasons)
     express = _express(ladder.options, [*regions, probe]) if usable[0].name == SAME_HOST else None
-    return Mover(usable, bucket, probe=probe, owner=owner, express=express), names + reasons
+    mover = Mover(usable, bucket, probe=probe, probe_piece_bytes=ladder.piece_bytes, owner=owner, express=express)
+    return mover, names + reasons
 
 
 def _express(options: EngineOptions, regions: Sequence[Region]) -> TransferEngine | None:

@@ -53,6 +53,8 @@ class Work:
     """Decode after a remote prefill: the output tokens that the prefill worker sampled."""
     handoff: bytes = b""
     """Decode after a remote prefill: ``EngineOutput.handoff`` of the prefill engine. Empty: compute everything."""
+    ahead: bool = False
+    """``handoff`` is an ``Offer``'s: its pages are fetched for the work that may follow, and nothing comes out."""
     tenant: str = ""
     """Whose it is, by the subject that it came on."""
     owner_salt: bytes = b""
@@ -86,6 +88,15 @@ class EngineOutput:
     """Pages that ``handoff`` covers."""
     error: str = ""
     """With ``Reason.ERROR``: what went wrong, for the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """The first pages of a prompt that is still being computed, for a decode engine to fetch ahead."""
+
+    work_id: str
+    handoff: bytes
+    """As ``EngineOutput.handoff``; it lasts no longer than the prefill does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +134,7 @@ class Step:
     released: list[str] = field(default_factory=list)
     """Work whose handed-off pages are free again: read, released, or expired."""
     transfers: list[Transfer] = field(default_factory=list)
+    offers: list[Offer] = field(default_factory=list)
     prefill_tokens: int = 0
     """Prompt tokens computed in this step."""
     kv: list[KvChange] = field(default_factory=list)

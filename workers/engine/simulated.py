@@ -120,6 +120,9 @@ class SimulatedEngine(Engine):
         )
 
     def submit(self, work: Work) -> None:
+        if work.ahead:
+            # Its pages arrive as fast as they are asked for.
+            return
         body = decode_body(work.body)
         salt = request_salt(work.owner_salt, body.cache_salt) if work.owner_salt else body.cache_salt or ""
         self.scheduler.add(work.work_id, work.stage, body, work.first_tokens, work.handoff, salt)
@@ -183,7 +186,7 @@ class SimulatedEngine(Engine):
         return bool(self._outputs or self._released or self._transfers)
 
     def _take_news(self, prefill_tokens: int, kv: list[KvChange]) -> Step:
-        step = Step(self._outputs, self._released, self._transfers, prefill_tokens, kv)
+        step = Step(self._outputs, self._released, self._transfers, prefill_tokens=prefill_tokens, kv=kv)
         self._outputs, self._released, self._transfers = [], [], []
         return step
 

@@ -7,6 +7,7 @@ import itertools
 import logging
 import tempfile
 import uuid
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -21,14 +22,24 @@ from llmserve.workers.engine.base import (
     EngineInfo,
     EngineLoad,
     EngineOutput,
+    Offer,
     Step,
     Work,
 )
 from llmserve.workers.engine.load_rates import LoadRates
+from llmserve.workers.engine.vllm_ahead import Ahead
 from llmserve.workers.engine.vllm_config import VllmOptions, apply_environment, build_config
 from llmserve.workers.engine.vllm_core import Core, Pages
 from llmserve.workers.engine.vllm_events import changes_of
-from llmserve.workers.engine.vllm_outputs import Entry, OutputReader, load_of, released_of, tiers_of, transfers_of
+from llmserve.workers.engine.vllm_outputs import (
+    Entry,
+    OutputReader,
+    load_of,
+    offers_of,
+    released_of,
+    tiers_of,
+    transfers_of,
+)
 from llmserve.workers.engine.vllm_process import ProcessCore
 from llmserve.workers.engine.vllm_requests import Limits, RequestStager, release_request
 from llmserve.workers.engine.vllm_thread import ThreadCore
@@ -65,6 +76,7 @@ class VllmEngine(Engine):
         self._held: dict[str, str] = {}
         """Id in the core -> work id: prefills whose pages are held."""
         self._aborted: dict[str, Entry] = {}
+        self._ahead = Ahead()
         self._steps: asyncio.Queue[Step] = asyncio.Queue()
         self._died: EngineDied | None = None
         self._load = EngineLoad()
@@ -133,6 +145,11 @@ class VllmEngine(Engine):
             raise EngineDied("the engine does not run")
         if work.work_id in self._core_ids:
             raise EngineError(f"work {work.work_id} is here already")
+        if work.ahead:
+            if self._manifest.spec.kv_cache.prefix_caching and self._ahead.offered(work):
+                self._fetch_ahead(work)
+            return
+        self._stop_ahead([work.work_id])
         core_id = f"{work.work_id}.{next(self._numbers)}"
         staged = self._stager.stage(work, core_id)
         self._entries[core_id] = Entry(
@@ -145,7 +162,21 @@ class VllmEngine(Engine):
         self._core_ids[work.work_id] = core_id
         self._core.add(staged.request)
 
+    def _fetch_ahead(self, work: Work) -> None:
+        assert self._core is not None
+        assert self._stager is not None
+        core_id = f"{work.work_id}.{next(self._numbers)}"
+        staged = self._stager.stage(work, core_id)
+        self._ahead.begun(work.work_id, core_id)
+        self._core.add(staged.request)
+
+    def _stop_ahead(self, work_ids: Iterable[str]) -> None:
+        core_ids = [core_id for work_id in work_ids if (core_id := self._ahead.stop(work_id)) is not None]
+        if core_ids and self._core is not None:
+            self._core.abort(core_ids)
+
     def abort(self, work_ids: list[str]) -> None:
+        self._stop_ahead(work_ids)
         core_ids = [self._core_ids[w] for w in dict.fromkeys(work_ids) if w in self._core_ids]
         running = [core_id for core_id in core_ids if core_id in self._entries]
         for core_id in running:
@@ -191,12 +222,14 @@ class VllmEngine(Engine):
         if (stats := outputs.scheduler_stats) is not None:
             self._load = load_of(stats, self._pages_total)
             step.transfers.extend(transfers_of(stats))
+            self._stop_ahead(transfer.work_id for transfer in step.transfers if transfer.failure)
+            step.offers.extend(self._offers(offers_of(stats)))
             step.released.extend(self._released(released_of(stats)))
             step.tiers.update(tiers_of(stats))
             self._rates.saw(step.tiers, self._block_tokens)
         if _says_something(step):
             computed = sum(output.computed_tokens or 0 for output in step.outputs)
-            self._steps.put_nowait(Step(step.outputs, step.released, step.transfers, computed, tiers=step.tiers))
+            self._steps.put_nowait(replace(step, prefill_tokens=computed))
 
     def _read(self, outputs: EngineCoreOutputs) -> list[EngineOutput]:
         assert self._reader is not None
@@ -206,6 +239,8 @@ class VllmEngine(Engine):
             core_id = output.request_id
             entry = self._entries.get(core_id)
             if entry is None:
+                if output.finished and (work := self._ahead.ended(core_id)) is not None:
+                    self._fetch_ahead(work)
                 aborted = self._aborted.pop(core_id, None) if output.finished else None
                 if aborted is not None and aborted.holds:
                     # It ended before the abort arrived, so that the core took no notice of it.
@@ -222,6 +257,10 @@ class VllmEngine(Engine):
         self._release(late)
         return read
 
+    def _offers(self, offers: list[tuple[str, bytes]]) -> list[Offer]:
+        entries = self._entries
+        return [Offer(entries[core_id].work_id, data) for core_id, data in offers if core_id in entries]
+
     def _released(self, core_ids: list[str]) -> list[str]:
         released = []
         for core_id in core_ids:
@@ -233,7 +272,7 @@ class VllmEngine(Engine):
 
 
 def _says_something(step: Step) -> bool:
-    return bool(step.outputs or step.released or step.transfers or step.kv or step.tiers)
+    return step != Step()
 
 
 def _info(config: VllmConfig, pages: Pages) -> EngineInfo:

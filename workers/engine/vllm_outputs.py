@@ -144,6 +144,11 @@ def transfers_of(stats: SchedulerStats) -> list[Transfer]:
     ]
 
 
+def offers_of(stats: SchedulerStats) -> list[tuple[str, bytes]]:
+    """(id in the core, encoded handoff) of prompts that are computed in part."""
+    return [(core_id, data) for core_id, data in _stats_of(stats, "LLMServeConnector").get("ahead", ())]
+
+
 def tiers_of(stats: SchedulerStats) -> dict[str, dict[str, float]]:
     """By storage class, what happened there of late; see ``kvstore.tiers.TierStats``."""
     tiers: dict[str, dict[str, float]] = {}

@@ -12,7 +12,7 @@ from llmserve.bus import frames
 from llmserve.bus.cache_salt import request_salt
 from llmserve.bus.messages import Stage
 from llmserve.kvstore.keys import space_of
-from llmserve.workers.connector.wire import HANDOFF, HOLD, RELEASE, WireError, decode_handoff
+from llmserve.workers.connector.wire import HANDOFF, HOLD, RELEASE, Handoff, WireError, decode_handoff
 from llmserve.workers.engine.base import EngineError, Work
 from llmserve.workers.offload.params import tier_params
 
@@ -77,6 +77,8 @@ class RequestStager:
         handed_over = len(request.prompt_token_ids or ()) if work.handoff else 0
         if work.stage is Stage.PREFILL:
             staged = self._prefill(request, params, whole_output=work.whole_output)
+        elif work.ahead:
+            staged = self._fetch_ahead(request, work)
         elif work.stage is Stage.DECODE:
             staged = self._decode_stage(request, params, work)
         if work.tenant and self._sharing is not None:
@@ -135,12 +137,18 @@ class RequestStager:
             self._check(request, params)
         if not work.handoff:
             return Staged(request)
-        try:
-            cached_tokens = decode_handoff(work.handoff).cached_tokens
-        except WireError as error:
-            raise EngineError(str(error)) from error
+        cached_tokens = _read(work.handoff).cached_tokens
         _set_params(params, {HANDOFF: work.handoff})
         return Staged(request, cached_tokens=cached_tokens)
+
+    @staticmethod
+    def _fetch_ahead(request: EngineCoreRequest, work: Work) -> Staged:
+        """vLLM ends a request only with a token: it computes the one after the pages, which is thrown away."""
+        assert request.prompt_token_ids is not None
+        request.prompt_token_ids = request.prompt_token_ids[: _read(work.handoff).tokens + 1]
+        request.sampling_params = _throw_away_params()
+        _set_params(request.sampling_params, {HANDOFF: work.handoff})
+        return Staged(request)
 
 
 def release_request(core_id: str, held_ids: list[str]) -> EngineCoreRequest:
@@ -162,6 +170,13 @@ def release_request(core_id: str, held_ids: list[str]) -> EngineCoreRequest:
         data_parallel_rank=None,
         abort_immediately=True,
     )
+
+
+def _read(data: bytes) -> Handoff:
+    try:
+        return decode_handoff(data)
+    except WireError as error:
+        raise EngineError(str(error)) from error
 
 
 def _throw_away_params() -> SamplingParams:

@@ -22,6 +22,7 @@ from llmserve.bus.messages import (
     HandedOff,
     Heartbeat,
     Message,
+    Prefilling,
     Reason,
     Refused,
     Rejected,
@@ -266,12 +267,17 @@ class World:
                 self.tell(message)  # type: ignore[arg-type]
 
     def finish_one(self, worker: FakeWorker) -> None:
-        """The worker's oldest job makes its next step: hand off, or end."""
+        """One of the worker's jobs makes its next step: offer its first pages, hand off, or end."""
         running = [seq for seq, job in worker.jobs.items() if not job.held]
         if not running:
             return
         seq = self.rng.choice(running)
         job = worker.jobs[seq]
+        if job.grant.stage is Stage.PREFILL and self.rng.random() < 0.3:
+            worker.out.append(Prefilling(worker=worker.name, seq=seq, request_id=job.of.request_id,
+                                         attempt=job.of.attempt, params=b"p"))  # fmt: skip
+            self.deliver(worker)
+            return
         self.ended(job)
         if self.rng.random() < self.loss / 2:
             del worker.jobs[seq]

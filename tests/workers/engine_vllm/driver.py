@@ -21,7 +21,7 @@ from llmserve.manifests.schema import (
     Spec,
     Transfer,
 )
-from llmserve.workers.engine.base import EngineInfo, EngineOutput, Work
+from llmserve.workers.engine.base import EngineInfo, EngineOutput, Offer, Work
 from llmserve.workers.engine.base import Transfer as Moved
 from llmserve.workers.engine.vllm import VllmEngine
 from llmserve.workers.engine.vllm_config import Mode, VllmOptions
@@ -41,6 +41,7 @@ def manifest(
     prefix_caching: bool = False,
     kv_space_gb: float = 0.35,
     dram_gb: float | None = None,
+    step_tokens: int | None = None,
     **transfer: Any,
 ) -> Manifest:
     """Small KV space, no prefix caching by default: what is computed shows. ``model`` replaces fields of the primary
@@ -51,7 +52,9 @@ def manifest(
             models=Models(
                 primary=PrimaryModel(**{"id": MODEL, "dtype": "bf16", "max_model_len": 2048, **(model or {})}),
             ),
-            engine=Engine(enforce_eager=True, kv_space_gb=kv_space_gb, max_num_seqs=16),
+            engine=Engine(
+                enforce_eager=True, kv_space_gb=kv_space_gb, max_num_seqs=16, max_num_batched_tokens=step_tokens
+            ),
             kv_cache=KVCache(prefix_caching=prefix_caching, hbm_dtype=hbm_dtype, dram_gb=dram_gb),
             transfer=Transfer(**transfer),
         ),
@@ -95,6 +98,7 @@ class Driver:
     engine: VllmEngine
     info: EngineInfo
     moved: list[Moved] = field(default_factory=list)
+    offers: list[Offer] = field(default_factory=list)
     kv: list[KvChange] = field(default_factory=list)
     tiers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     """What happened at each storage class, summed."""
@@ -128,6 +132,7 @@ class Driver:
                 for output in step.outputs:
                     self._outputs[output.work_id].append(output)
                 self.moved.extend(step.transfers)
+                self.offers.extend(step.offers)
                 self.kv.extend(step.kv)
                 self.released.update(step.released)
                 for name, counts in step.tiers.items():
