@@ -53,7 +53,7 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         yield stack.ready()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")  # engines that idle take memory
 def one_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of vLLM's own server with one engine, with the settings of ``exact``."""
     with vllm_server(tmp_path_factory.mktemp("vllm"), "--no-enable-prefix-caching", dtype="float32") as url:
