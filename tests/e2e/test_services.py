@@ -13,7 +13,7 @@ import pytest
 
 from tests.bench.load import Stream, prompt_bodies, stream
 from tests.e2e.conftest import LEASE_S
-from tests.processes import BIN, Process, answers, free_port, metrics, total, wait_for
+from tests.processes import answers, metrics, total, wait_for
 from tests.services import Services
 
 STREAMS = 24
@@ -73,8 +73,8 @@ def test_a_key_is_needed(services: Services) -> None:
     assert answer.json()["error"]["code"] == "invalid_api_key"
 
 
-async def killed_under_load(services: Services, victim: str, successor: bool) -> list[tuple[Stream, float]]:
-    """Kill a worker amid streams that began over three seconds, and start its successor at once if so asked.
+async def killed_under_load(services: Services, victim: str) -> list[tuple[Stream, float]]:
+    """Kill a worker amid streams that began over three seconds, and start its successor at once.
 
     Returns each stream and how long after the kill it ended, if it had not ended before.
     """
@@ -93,8 +93,7 @@ async def killed_under_load(services: Services, victim: str, successor: bool) ->
         assert not any(task.done() for task in tasks), "the load ended before the kill"
         services.processes[victim].kill()
         killed_s = time.monotonic()
-        if successor:
-            services.start(victim)
+        services.start(victim)
         return [(ended, at_s - killed_s) for ended, at_s in await asyncio.gather(*tasks)]
 
 
@@ -127,42 +126,11 @@ def served(services: Services) -> bool:
 
 
 @pytest.mark.vllm
-async def test_a_decode_worker_by_hand_takes_over_from_a_killed_one_under_load_and_drains_on_sigterm(
-    services: Services,
-) -> None:
-    command = [str(BIN / "llmserve-worker"), "--role", "decode", "--manifest", str(services.manifest)]
-    port = free_port()
-    services.metrics_ports["by-hand"] = port
-    command += ["--nats", services.nats_url, "--metrics-port", str(port), "--name", "by-hand"]
-    env = {"API_KEY": services.key, "NATS_URL": services.nats_url}
-    by_hand = Process("by hand", command, services.folder / "by-hand.log", env)
-    services.processes["by-hand"] = by_hand
-    by_hand.wait_for_line("ready after", 120)
-
-    def has_work() -> bool:
-        assert complete(services).status_code == 200
-        return total(metrics(services.metrics_url("by-hand")), "llmserve_decode_tokens_total") > 0
-
-    await asyncio.to_thread(wait_for, has_work, 60, "work for the new worker")
-    ended = await killed_under_load(services, "decode", successor=False)
-    report("one of two decode workers killed", ended)
-    assert not [one.error for one, _ in ended if one.error]
-    assert {(one.finish_reason, one.output_tokens) for one, _ in ended} == {("length", TOKENS)}
-    assert max(one.longest_pause_s for one, _ in ended) < 10
-    await asyncio.to_thread(settled, services, ["prefill", "by-hand"])
-
-    services.start("decode")
-    await asyncio.to_thread(services.processes["decode"].wait_for_line, "ready after", 120)
-    assert await asyncio.to_thread(by_hand.stop, 40) == 0
-    assert complete(services).status_code == 200
-
-
-@pytest.mark.vllm
 @pytest.mark.parametrize("victim", ["decode", "prefill"])
 async def test_when_the_only_worker_of_a_role_is_killed_under_load_nobody_hangs_and_its_successor_serves(
     services: Services, victim: str
 ) -> None:
-    ended = await killed_under_load(services, victim, successor=True)
+    ended = await killed_under_load(services, victim)
     report(f"the only {victim} worker killed", ended)
     # What had begun on it ends within 10 s; what had not waits for the successor.
     failed = [(one, after_s) for one, after_s in ended if one.error]
