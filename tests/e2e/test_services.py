@@ -13,7 +13,7 @@ import pytest
 
 from tests.bench.load import Stream, prompt_bodies, stream
 from tests.e2e.conftest import LEASE_S
-from tests.processes import answers, metrics, total, wait_for
+from tests.processes import BIN, answers, metrics, total, wait_for
 from tests.services import Services
 
 STREAMS = 24
