@@ -10,6 +10,7 @@ import pytest
 from llmserve.bus.messages import Role
 from llmserve.manifests.models import resolve_model
 from tests.workers.engine_vllm.driver import MODEL, Driver, Pair
+from tests.workers.engine_vllm.kept import Kept, keeping
 
 LEASE_S = 8.0
 TEXT = (
@@ -41,3 +42,12 @@ def prompt() -> Callable[[int, str], list[int]]:
         return ids[:tokens]
 
     return make
+
+
+@pytest.fixture(scope="session")
+async def kept(
+    tmp_path_factory: pytest.TempPathFactory, prompt: Callable[[int, str], list[int]]
+) -> AsyncIterator[Kept]:
+    """An engine with a folder and a bucket, for all that can befall them."""
+    async with keeping(tmp_path_factory.mktemp("kept"), prompt) as made:
+        yield made

@@ -83,10 +83,19 @@ async def test_what_comes_from_disk_is_handed_over(restarted: Restarted, pair: P
     assert (first.tokens + (await pair.decoded(data, first)).tokens) == restarted.tokens["handed"]
 
 
-async def test_another_tenant_computes_the_same_prompt_itself(restarted: Restarted) -> None:
+async def test_another_tenant_computes_the_same_prompt_itself_even_if_the_pages_lie_under_its_name(
+    restarted: Restarted,
+) -> None:
+    """They are not encrypted: the checksum alone binds them to the name."""
+    for file in files(restarted.folder):
+        planted = Path(str(file).replace("/t-a/", "/t-b/"))
+        planted.parent.mkdir(parents=True, exist_ok=True)
+        planted.write_bytes(file.read_bytes())
+    bad = restarted.engine.tiers["disk"]["bad"]
     ended = await restarted.engine.run(Stage.WHOLE, body(restarted.texts["other"]), tenant="b")
     assert ended.first.cached_tokens == 0
     assert ended.tokens == restarted.tokens["other"]
+    await restarted.engine.until(lambda: restarted.engine.tiers["disk"]["bad"] > bad, "it was seen")
 
 
 @pytest.mark.parametrize("name", ["bad", "cut"])
