@@ -95,12 +95,12 @@ class Kept:
     async def leave_dram(self) -> None:
         """Fill DRAM with others, again until they are in the folder too: what was there before is there no more."""
         filled = 0
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while filled < _DRAM_PAGES:
                 self._fillers += 1
                 filler = self.prompt(f"Filler {self._fillers}")
                 await self.ask(filler)
-                for _ in range(50):
+                for _ in range(100):
                     if self._in_folder(filler):
                         filled += PAGES
                         break
