@@ -15,6 +15,7 @@ from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
 import aioboto3
+import aiohttp
 from aiobotocore.config import AioConfig
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import BotoCoreError, ClientError
@@ -189,7 +190,7 @@ class S3Store(PageStore):
         except ClientError as error:
             code = error.response.get("Error", {}).get("Code", "unknown")
             raise StoreError(f"{self.name}: {code}") from error
-        except (BotoCoreError, OSError, ValueError) as error:
+        except (BotoCoreError, aiohttp.ClientError, OSError, ValueError) as error:  # aiohttp's: of a body that is cut
             raise StoreError(f"{self.name}: {' '.join(str(error).split())}") from error
 
     async def _opened(self) -> Any:

@@ -17,9 +17,9 @@ import pytest
 
 from tests.s3_proxy import Fault
 from tests.workers.engine_vllm.driver import Collected
-from tests.workers.engine_vllm.kept import BLOCK, PAGES, Kept
+from tests.workers.engine_vllm.kept import BLOCK, PAGES, WHEN_ASKED_FOR, Kept
 
-pytestmark = [pytest.mark.vllm, pytest.mark.faults]
+pytestmark = [pytest.mark.vllm, pytest.mark.faults, WHEN_ASKED_FOR]
 
 WHOLE = PAGES * BLOCK
 

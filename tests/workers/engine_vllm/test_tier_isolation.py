@@ -14,9 +14,9 @@ import xxhash
 from llmserve.kvstore.codec import HEADER_BYTES
 from llmserve.kvstore.keys import PageKey
 from tests.s3_servers import BUCKET
-from tests.workers.engine_vllm.kept import BLOCK, PAGES, Kept
+from tests.workers.engine_vllm.kept import BLOCK, PAGES, WHEN_ASKED_FOR, Kept
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, WHEN_ASKED_FOR]
 
 
 @pytest.mark.parametrize(
