@@ -27,6 +27,7 @@ from llmserve.manifests.gpus import engine_gpus
 from llmserve.manifests.machine import probe_machine
 from llmserve.manifests.schema import Manifest
 from llmserve.manifests.state import state_dir
+from llmserve.workers.engine import preload
 from llmserve.workers.kv import KvService
 from llmserve.workers.metrics import WorkerMetrics
 from llmserve.workers.router_service import RouterService
@@ -90,7 +91,7 @@ class Stack:
         await self._start_router(endpoint)
         async with self._progress.part("vllm", "imports"):
             # Once and by one thread: vLLM's and transformers' lazy imports are not safe in several.
-            await asyncio.to_thread(_import_vllm)
+            await asyncio.to_thread(_import_vllm, self.manifest)
         async with asyncio.TaskGroup() as parts:
             parts.create_task(self._start_gateway(endpoint))
             if self.manifest.spec.storageClasses:
@@ -206,10 +207,11 @@ def member_id(name: str) -> str:
     return f"{name}-{secrets.token_hex(4)}"
 
 
-def _import_vllm() -> None:
+def _import_vllm(manifest: Manifest) -> None:
     from llmserve.gateway.vllm_app import prepare_environment
 
     prepare_environment()
+    preload(manifest)
     importlib.import_module("vllm.entrypoints.openai.api_server")
 
 

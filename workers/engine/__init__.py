@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from llmserve.bus.messages import Role
 from llmserve.manifests.machine import probe_machine
@@ -22,6 +22,9 @@ from llmserve.manifests.sizes import (
     prefill_engines,
 )
 from llmserve.workers.engine.base import Engine, EngineError
+
+if TYPE_CHECKING:
+    from llmserve.workers.engine.vllm_config import VllmOptions
 
 EngineMode = Literal["auto", "thread", "process"]
 """Where a vLLM core runs. ``auto``: in a thread if the engine is this process's only one, on one CPU rank."""
@@ -48,16 +51,40 @@ def make_engine(
     try:
         if manifest.spec.engine.kind == "simulated":
             return _simulated(manifest, host)
-        sharing = engines_here or prefill_engines(manifest) + decode_engines(manifest)
-        return _vllm(manifest, Role(role), mode, sharing, host, gpus)
+        return _vllm(manifest, Role(role), mode, engines_here or _engines(manifest), host, gpus)
     except ModelError as error:
         raise EngineError(str(error)) from error
+
+
+def preload(manifest: Manifest) -> None:
+    """Begin to load, in the background, what the engine processes of this process will share; vLLM on CPUs only.
+
+    To be called before vLLM is imported, since it sets the environment. May take seconds, as ``make_engine``.
+    Raises ``EngineError``.
+    """
+    if manifest.spec.engine.kind != "vllm" or device(manifest, probe_machine()) != "cpu":
+        return
+    from llmserve.workers.engine.vllm_config import apply_environment
+    from llmserve.workers.engine.vllm_fork import engine_context
+
+    try:
+        apply_environment(manifest, _options(manifest, "process", _engines(manifest), "", ()))
+    except ModelError as error:
+        raise EngineError(str(error)) from error
+    engine_context()
 
 
 def _vllm(
     manifest: Manifest, role: Role, mode: EngineMode, engines_here: int, host: str, gpus: tuple[str, ...]
 ) -> Engine:
     from llmserve.workers.engine.vllm import VllmEngine
+
+    return VllmEngine(manifest, role, _options(manifest, mode, engines_here, host, gpus))
+
+
+def _options(
+    manifest: Manifest, mode: EngineMode, engines_here: int, host: str, gpus: tuple[str, ...]
+) -> VllmOptions:
     from llmserve.workers.engine.vllm_config import VllmOptions
 
     files = resolve_model(manifest.spec.models.primary.id)
@@ -66,7 +93,7 @@ def _vllm(
     alone = on == "cpu" and engine_ranks(manifest) == 1
     if on == "cpu" and (stages := manifest.spec.models.primary.pipeline_parallel) > 1:
         raise EngineError(f"spec.models.primary.pipeline_parallel: {stages} {NO_PIPELINE_ON_CPUS}")
-    options = VllmOptions(
+    return VllmOptions(
         model_path=files.path,
         model_local=files.local,
         mode=mode if mode != "auto" else "thread" if alone else "process",
@@ -79,7 +106,10 @@ def _vllm(
         io_share=1 / decode_engines(manifest),
         gpus=gpus if on == "cuda" else (),
     )
-    return VllmEngine(manifest, role, options)
+
+
+def _engines(manifest: Manifest) -> int:
+    return prefill_engines(manifest) + decode_engines(manifest)
 
 
 def _threads(cores: int, engines: int) -> int:

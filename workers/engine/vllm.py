@@ -92,8 +92,11 @@ class VllmEngine(Engine):
         engine_id = f"{self._role}-{uuid.uuid4().hex}"
         # Not in a thread: vLLM keeps state of the process, and other engines may start beside this one.
         config = self._prepare(engine_id)
-        thread = self._options.mode == "thread"
-        self._core = ThreadCore(config, self._options.threads) if thread else ProcessCore(config)
+        options = self._options
+        if options.mode == "thread":
+            self._core = ThreadCore(config, options.threads)
+        else:
+            self._core = ProcessCore(config, fork=options.device == "cpu")
         pages = await self._core.start(self._sink)
         model = config.model_config
         sharing = self._manifest.spec.security.cache_sharing if dram_bytes(self._manifest) else None

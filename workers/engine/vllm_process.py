@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from llmserve.workers.engine.base import EngineError
 from llmserve.workers.engine.vllm_core import Core, Pages, pages_of, refused
+from llmserve.workers.engine.vllm_fork import fork_engines
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -29,10 +30,14 @@ _CHILD = "EngineCore"
 
 
 class ProcessCore(Core):
-    """An engine core in a child that dies with this process."""
+    """An engine core in a child that dies with this process.
 
-    def __init__(self, config: VllmConfig) -> None:
+    ``fork``: the child comes from the fork server, which has vLLM loaded.
+    """
+
+    def __init__(self, config: VllmConfig, fork: bool) -> None:
         self._config = config
+        self._fork = fork
         self._client: AsyncMPClient | None = None
         self._starting: asyncio.Future[AsyncMPClient] | None = None
         self._before: set[int] = set()
@@ -96,6 +101,8 @@ class ProcessCore(Core):
 
         from llmserve.workers.engine.vllm_executor import guarded
 
+        if self._fork:
+            fork_engines()
         return AsyncMPClient(self._config, guarded(Executor.get_class(self._config)), log_stats=True)
 
     def add(self, request: EngineCoreRequest) -> None:
