@@ -29,6 +29,8 @@ class Caller:
     """Monotonic time."""
     accepted: bool = False
     """Whether the bus has taken a request of this caller."""
+    disconnected: bool = False
+    """Whether the client has gone."""
     failure: Failure | None = None
     limiter: TenantLimiter | None = None
     """The tenant's limits."""

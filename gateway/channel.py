@@ -98,13 +98,13 @@ class Channel:
         call.on_end = on_end
         # Known before it is stored: its first tokens may overtake the acknowledgement.
         self._calls[call.request_id] = self._by_local_id[local_id] = call
-        storing = asyncio.get_running_loop().create_task(self._store(call, call.attempts.start()))
+        submit = call.attempts.start()
         try:
-            # A caller who is cancelled meanwhile must not leave a request behind that nobody waits for.
-            seq = await asyncio.shield(storing)
+            seq = await self._store(call, submit)
         except asyncio.CancelledError:
+            # A caller who is cancelled meanwhile must not leave a request behind that nobody waits for.
             self.cancel([local_id])
-            self._spawn(self._discard_when_stored(storing))
+            self._spawn(self._discard_stored(call, submit))
             raise
         except BusUnavailable:
             # It may have been stored all the same.
@@ -265,9 +265,11 @@ class Channel:
                 self._carry_out(call, call.attempts.stored(submit.attempt, seq), None)
                 return
 
-    async def _discard_when_stored(self, storing: asyncio.Task[int]) -> None:
+    async def _discard_stored(self, call: Call, submit: Submit) -> None:
+        """Take a request off the stream whose acknowledgement nobody waited for."""
         try:
-            seq = await storing
+            # What is on the stream is not stored again; where it stands is told.
+            seq = await self._store(call, submit)
         except BusError as error:
             log.info("the cancelled request was not stored: %s", error)
         else:

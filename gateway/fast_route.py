@@ -49,7 +49,7 @@ class FastRoute:
             return
         scope["app"] = self._app
         token = serves_fast_streams.set(True)
-        presence = Presence(receive)
+        presence = Presence(scope, receive)
         try:
             try:
                 response = await presence.cancels(self._accepted(request, Request(scope, receive, send)))

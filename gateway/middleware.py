@@ -133,7 +133,7 @@ class GatewayMiddleware:
             await exchange.finish()
         finally:
             self._metrics.open_requests.dec()
-            self._record(scope, exchange, caller, disconnected=body.disconnected and not exchange.complete)
+            self._record(scope, exchange, caller, disconnected=caller.disconnected and not exchange.complete)
             current_caller.reset(token)
 
     def _record(self, scope: Scope, exchange: Exchange, caller: Caller, *, disconnected: bool) -> None:

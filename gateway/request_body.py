@@ -25,7 +25,6 @@ class RequestBody:
         self._caller = caller
         self._read_bytes = 0
         self._began_s = asyncio.get_running_loop().time()
-        self.disconnected = False
 
     async def receive(self) -> Message:
         # Behind its body a request is read for its end only, for as long as it is answered.
@@ -35,7 +34,7 @@ class RequestBody:
             self._read_bytes += len(message.get("body", b""))
             self.check(self._read_bytes)
         elif message["type"] == "http.disconnect":
-            self.disconnected = True
+            self._caller.disconnected = True
         return message
 
     async def _receive_in_time(self) -> Message:

@@ -15,6 +15,7 @@ from llmserve.manifests.schema import Manifest
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from pydantic import BaseModel
     from starlette.types import ASGIApp
     from vllm.config import VllmConfig
 
@@ -163,14 +164,25 @@ async def _application(args: Namespace, engine: BusLLM) -> FastAPI:
 
 
 def _fast(app: FastAPI, engine: BusLLM) -> ASGIApp:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
     from llmserve.gateway.fast_lane import install_fast_lane
     from llmserve.gateway.fast_route import fast_routes
-    from llmserve.gateway.inline import InlineExecutor
+    from llmserve.gateway.inline import render_small_inline
 
     install_fast_lane(app.state.openai_serving_chat, app.state.openai_serving_completion, engine)
     renderer = engine.renderer
-    renderer._executor._inner = InlineExecutor(renderer._executor._inner)
+    if not engine.model_config.is_multimodal_model:  # whose prompts may have pictures to fetch
+        render_small_inline(renderer)
     # Asked for each request, and slow to say.
     eos_token_id = renderer.get_eos_token_id()
     renderer.get_eos_token_id = lambda: eos_token_id
+    _read_without_warnings(ChatCompletionRequest)
     return fast_routes(app)
+
+
+def _read_without_warnings(model: type[BaseModel]) -> None:
+    """Have deprecated fields read as all others are: vLLM does so at each request; no one sees the warnings."""
+    for name, field in model.model_fields.items():
+        if field.deprecated and name in vars(model):
+            delattr(model, name)

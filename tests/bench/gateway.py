@@ -58,8 +58,8 @@ class Server:
     process: psutil.Process
 
     def cpu_s(self) -> float:
-        times = self.process.cpu_times()
-        return times.user + times.system
+        # The process's own clock, as clock_getcpuclockid(3) finds it: /proc counts in hundredths of a second.
+        return time.clock_gettime((~self.process.pid << 3) | 2)
 
     def rss_mb(self) -> float:
         return float(self.process.memory_info().rss / 2**20)

@@ -54,6 +54,9 @@ class FakeBus(Bus):
             await asyncio.sleep(self.delay_s)
         if self.refuse:
             raise self.refuse.pop(0)
+        for seq, known in self.stored.items():
+            if (known.request.request_id, known.request.attempt) == (request.request_id, request.attempt):
+                return seq
         seq = len(self.accepted) + 1
         stored = StoredRequest(seq, tenant, klass, request, encode(request))
         self.stored[seq] = stored

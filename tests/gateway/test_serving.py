@@ -9,6 +9,7 @@ import socket
 import httpx
 import openai
 import pytest
+from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 
 from llmserve.bus.messages import Heartbeat, Role
@@ -17,9 +18,11 @@ from tests.gateway.conftest import KEYS, manifest
 from tests.gateway.fake import FakeBus, Script
 
 
-async def test_a_stock_client_streams_from_it_and_it_stops_without_touching_the_process() -> None:
-    bus = FakeBus()
-    gateway = Gateway(manifest(), bus, "gw2", CollectorRegistry(), drain_s=1.0)
+async def test_clients_stream_from_it_and_leave_and_it_stops_without_touching_the_process() -> None:
+    bus, registry = FakeBus(), CollectorRegistry()
+    served = manifest()
+    served = replace(served, spec=replace(served.spec, gateway=replace(served.spec.gateway, max_body_kb=256)))
+    gateway = Gateway(served, bus, "gw2", registry, drain_s=1.0)
     before = signal.getsignal(signal.SIGINT)
     await gateway.start()
     url = gateway.url
@@ -36,6 +39,15 @@ async def test_a_stock_client_streams_from_it_and_it_stops_without_touching_the_
         assert gateway._socket is not None
         assert gateway._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert signal.getsignal(signal.SIGINT) is before
+        assert bus.cancelled() == []
+        # A large body stops uvicorn from reading for a while.
+        for stop_after, padding_bytes in ((0, 0), (2, 0), (2, 200_000)):
+            bus.on_accept = Script(bus, [1, 2, 3], stop_after=stop_after)
+            await _hang_up(gateway, bus, padding_bytes)
+        assert len(gateway.channel) == 0
+        assert bus.stored == {}
+        outcome = {"tenant": "acme", "outcome": "disconnected", "status": "200"}
+        assert registry.get_sample_value("llmserve_requests_total", outcome) == 3
     finally:
         await asyncio.wait_for(gateway.stop(), 10)
         await asyncio.wait_for(serving, 10)
@@ -44,6 +56,23 @@ async def test_a_stock_client_streams_from_it_and_it_stops_without_touching_the_
     assert not beats[0].leaving
     with pytest.raises(httpx.ConnectError):
         await httpx.AsyncClient().get(f"{url}/health/live")
+
+
+async def _hang_up(gateway: Gateway, bus: FakeBus, padding_bytes: int) -> None:
+    """Ask on a plain connection, end it when the response has begun, and wait until the request is cancelled."""
+    bus.accepted.clear()
+    host, port = gateway.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    body = b'{"model":"smol","messages":[{"role":"user","content":"Hi"}],"stream":true%b}' % (b" " * padding_bytes)
+    head = f"host: x\r\nauthorization: Bearer {KEYS['acme']}\r\ncontent-type: application/json\r\n"
+    writer.write(
+        b"POST /v1/chat/completions HTTP/1.1\r\n%bcontent-length: %d\r\n\r\n%b" % (head.encode(), len(body), body)
+    )
+    await reader.readuntil(b"\r\n\r\n")
+    writer.close()
+    async with asyncio.timeout(10):
+        while bus.accepted[0].request.request_id not in bus.cancelled() or bus.stored:
+            await asyncio.sleep(0.01)
 
 
 async def test_open_responses_are_cancelled_when_it_stops() -> None:
