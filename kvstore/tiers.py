@@ -176,11 +176,20 @@ class Tiers:
             await self._guarded(tier, tier.writes, lambda: tier.store.delete([key.path]))
             self._notify(Notice(NoticeKind.REMOVED, tier.store.name, key.path))
             return False
+        except Exception:
+            tier.stats.failures += 1
+            logger.exception("page %s of %s cannot be decoded", key.path, tier.store.name)
+            return False
         return True
 
-    async def encoded(self, key: PageKey, page: Bytes, parent: bytes) -> bytes:
-        """The bytes to be written for ``page``, which may change once they are here."""
-        return await _in(self._storing, lambda: self._codec.encode(key, page, parent))
+    async def encoded(self, key: PageKey, page: Bytes, parent: bytes) -> bytes | None:
+        """The bytes to be written for ``page``, which may change once they are here; None if it is dropped."""
+        try:
+            return await _in(self._storing, lambda: self._codec.encode(key, page, parent))
+        except Exception:
+            logger.exception("page %s cannot be encoded", key.path)
+            self.drop()
+            return None
 
     async def write(self, key: PageKey, data: bytes, *, upto: int | None = None, parent: bytes = b"") -> bool:
         """Write an encoded page to the first class, of the first ``upto``, that takes it."""
@@ -234,8 +243,11 @@ class Tiers:
             return None
         try:
             result = await call()
-        except StoreError as error:
+        except Exception as error:
             tier.stats.failures += 1
+            if not isinstance(error, StoreError):
+                # Not what stores say of themselves: a defect, here or in a library.
+                logger.exception("storage class %s failed in a way of its own", tier.store.name)
             if breaker.failed(self._clock()):
                 logger.error("storage class %s is left alone for a while: %s", tier.store.name, error)
             return None

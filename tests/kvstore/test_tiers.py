@@ -37,6 +37,7 @@ class MemoryStore(PageStore):
         self.fails_reading = False
         self.fails_writing = False
         self.hangs = False
+        self.error: Exception = StoreError(f"{name}: told to fail")
         self.calls = 0
         self.reading: Callable[[], None] = lambda: None
         """Called in each read."""
@@ -44,7 +45,7 @@ class MemoryStore(PageStore):
     def _call(self, fails: bool) -> None:
         self.calls += 1
         if fails:
-            raise StoreError(f"{self.name}: told to fail")
+            raise self.error
 
     async def read(self, path: str) -> bytes | None:
         self._call(self.fails_reading)
@@ -99,7 +100,7 @@ class World:
 
     async def store(self, number: int) -> bool:
         data = await self.tiers.encoded(key(number), page(number), b"")
-        return await self.tiers.write(key(number), data)
+        return data is not None and await self.tiers.write(key(number), data)
 
     async def load(self, number: int, space: str = "t-a") -> bool:
         """Whether the page came back; fails if it came back wrong."""
@@ -184,17 +185,49 @@ async def test_when_the_fast_class_takes_nothing_the_slow_one_does_and_reads_go_
     assert (stats["fast"].failures, stats["fast"].open, stats["slow"].stores) == (3, 1, 6)
 
 
-async def test_when_nothing_works_everything_is_a_miss_and_costs_no_calls() -> None:
+UNEXPECTED = [
+    RuntimeError("no"),
+    KeyError("no"),
+    ValueError(),
+    EOFError(),
+    MemoryError(),
+    ExceptionGroup("no", [OSError()]),
+]
+
+
+@pytest.mark.parametrize("error", [StoreError("told to fail"), *UNEXPECTED], ids=repr)
+async def test_when_nothing_works_everything_is_a_miss_and_costs_no_calls(error: Exception) -> None:
     world = World()
     await world.store(1)
     for store in (world.fast, world.slow):
         store.fails_reading = store.fails_writing = True
+        store.error = error
     for _ in range(20):
         assert not await world.store(2)
         assert not await world.load(1)
         assert await world.tiers.held([key(1)]) == 0
     assert world.fast.calls < 10
-    assert world.tiers.take_stats()["fast"].dropped == 20
+    stats = world.tiers.take_stats()["fast"]
+    assert (stats.dropped, stats.failures) == (20, world.fast.calls - 1)
+
+
+@pytest.mark.parametrize("error", UNEXPECTED, ids=repr)
+async def test_a_page_that_cannot_be_decoded_or_encoded_is_a_miss_that_is_counted_and_stays(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    world = World()
+    await world.store(1)
+    with monkeypatch.context() as broken:
+        broken.setattr(Codec, "decode", fail)
+        broken.setattr(Codec, "encode", fail)
+        assert not await world.load(1)
+        assert not await world.store(2)
+    stats = world.tiers.take_stats()["fast"]
+    assert (stats.failures, stats.bad, stats.dropped) == (1, 0, 1)
+    assert await world.load(1)
 
 
 async def test_a_class_that_hangs_is_not_asked_for_ever_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,9 @@ _KNOWN = 500_000
 """Pages remembered to be there: 100 MB at most."""
 _MISSING_S = 0.5
 """For which a page that was looked for is not looked for again."""
+_LOST_S = 5.0
+"""For which one that could not be loaded is not: longer than a step, so that who asked for it computes it. Its class
+may say for ever that it has it."""
 
 
 class KnownPages:
@@ -57,7 +60,7 @@ class KnownPages:
             if number < there:
                 self.add(page)
             else:
-                self._missing[page] = now_s + _MISSING_S
+                self._missing[page] = max(now_s + _MISSING_S, self._missing.get(page, 0.0))
 
     def add(self, page: NamedPage) -> None:
         """The page is there."""
@@ -67,7 +70,8 @@ class KnownPages:
         while len(self._there) > _KNOWN:
             self._there.popitem(last=False)
 
-    def forget(self, pages: Iterable[NamedPage]) -> None:
+    def lost(self, pages: Iterable[NamedPage], now_s: float) -> None:
         """They could not be loaded."""
         for page in pages:
             self._there.pop(page, None)
+            self._missing[page] = now_s + _LOST_S

@@ -240,7 +240,7 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
         found = [key for (key, _), result in zip(items, loaded, strict=True) if result is True]
         lost = [(space, bytes(key)) for (key, _), result in zip(items, loaded, strict=True) if result is not True]
         if lost:
-            self._news.put(lambda: self._known.forget(lost))
+            self._news.put(lambda: self._known.lost(lost, time.monotonic()))
         moved = len(found) * self._block_size_bytes
         self._finish(JobResult(job_id, len(found) == len(items), found, time.monotonic() - begun_s, moved))
 

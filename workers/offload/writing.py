@@ -55,6 +55,8 @@ class WriteBehind:
                 async with self._changed:
                     await self._changed.wait_for(lambda: self._room > 0)
                 data = await self._tiers.encoded(outgoing.key, outgoing.page, outgoing.parent)
+                if data is None:
+                    continue
                 self._room -= len(data)
                 moved += len(data)
                 writes.append(asyncio.create_task(self._write(position, kept, outgoing, data)))

@@ -145,6 +145,31 @@ def test_lost_pages_are_reported_one_by_one_and_forgotten(tier: Tier, tmp_path: 
     until(lambda: tier.lookup(1) == "MISS")
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no"), KeyError("no"), MemoryError(), OSError(5, "no")], ids=repr)
+def test_what_its_class_has_but_cannot_yield_is_not_asked_for_again_and_again(
+    tier: Tier, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One page: that the class says that it has it closes its breaker again each time."""
+    from llmserve.kvstore.stores.filesystem import FilesystemStore
+
+    def fail(store: FilesystemStore, path: str) -> bytes | None:
+        raise error
+
+    tier.store([1])
+    until(lambda: tier.lookup(1) == "HIT")
+    with monkeypatch.context() as broken:
+        broken.setattr(FilesystemStore, "_read", fail)
+        assert not tier.load([1]).success
+        until(lambda: tier.lookup(1) == "MISS")
+        time.sleep(0.6)
+        assert tier.lookup(1) == "MISS"
+    assert until(lambda: _count(tier, "failures")) == 1
+    # Whoever computes it keeps it again.
+    assert tier.store([1]).success
+    until(lambda: tier.lookup(1) == "HIT")
+    assert tier.load([1]).success
+
+
 def test_before_the_engine_says_what_its_pages_are_nothing_is_kept(disk: StorageClass, tmp_path: Path) -> None:
     made = Tier(disk)
     assert made.store([1]).success
