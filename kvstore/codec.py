@@ -129,7 +129,7 @@ class Codec:
             whole = page.size - page.size % (2 * self._kind.group)
             small = quantize(page[:whole], self._kind.values, self._kind.group)
             if small is not None:
-                return "int8", _compressed(np.concatenate((small, page[whole:])))
+                return "int8", _compressed(np.concatenate((small, page[whole:])) if whole < page.size else small)
         if self._disk == "raw":
             return "raw", page.tobytes()
         return "zstd", _compressed(page)

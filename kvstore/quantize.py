@@ -25,7 +25,11 @@ Bytes = npt.NDArray[np.uint8]
 
 GROUPS = (64, 32, 16)
 _PIECE = 32768 - 64
-"""Values at once: from 32,768 on torch spreads operations over its OpenMP threads, which the engine needs."""
+"""Values at once: from 32,768 on torch spreads operations over its OpenMP threads, which the engine needs; ``round``
+it always does."""
+_STEPS = 127
+_ROUNDING = 1.5 * 2.0**23
+"""Added to a small fp32, the low bits of the sum are those of the nearest integer, in two's complement."""
 _SMALLEST = 2.0**-24
 """Smallest positive fp16, so that no division by zero is."""
 _LARGEST = 65504.0
@@ -48,26 +52,35 @@ def quantize(page: Bytes, dtype: str, group: int) -> Bytes | None:
     """Scales and values of a page of ``bf16`` or ``fp16``; None if it holds what int8 cannot express (not finite)."""
     import torch
 
-    values = _typed(torch.from_numpy(page), dtype)
-    count = values.numel()
+    values = _typed(torch.from_numpy(page), dtype).view(-1, group)
     out = np.empty(quantized_size(page.size, group), np.uint8)
-    whole = torch.from_numpy(out)
-    scales = whole[: count // group * 2].view(torch.float16)
-    quantized = whole[count // group * 2 :].view(torch.int8)
-    work = torch.empty((_PIECE // group, group))
-    for start in range(0, count, _PIECE):
-        end = min(start + _PIECE, count)
-        piece = work[: (end - start) // group]
-        piece.copy_(values[start:end].view(-1, group))
-        largest = piece.abs().amax(1).mul_(1 / 127)
-        if not bool((largest <= _LARGEST).all()):
-            return None
-        scale = scales[start // group : end // group]
-        scale.copy_(largest)
-        inverse = scale.float().clamp_(min=_SMALLEST).reciprocal_()
-        piece.mul_(inverse[:, None]).round_().clamp_(-127, 127)
-        quantized[start:end].view(-1, group).copy_(piece)
+    whole, groups, rows = torch.from_numpy(out), len(values), _PIECE // group
+    scales = whole[: groups * 2].view(torch.float16)
+    quantized = whole[groups * 2 :].view(torch.int8).view(-1, group)
+    largest = _largest(values, rows)
+    if not bool((largest <= _LARGEST * _STEPS).all()):
+        return None
+    scales.copy_(largest * (1 / _STEPS))
+    # Of groups so small that fp16 cannot tell their scales apart none may leave eight bits.
+    inverse = torch.minimum(scales.float().clamp_(min=_SMALLEST).reciprocal_(), (_STEPS + 0.4) / largest)[:, None]
+    work = torch.empty((rows, group))
+    for piece, factors, target in zip(values.split(rows), inverse.split(rows), quantized.split(rows), strict=True):
+        wide = work[: len(piece)]
+        wide.copy_(piece).mul_(factors).add_(_ROUNDING)
+        target.copy_(wide.view(torch.int32))
     return out
+
+
+def _largest(values: torch.Tensor, rows: int) -> torch.Tensor:
+    """The largest absolute value of each group (fp32): without their signs, 16-bit floats are in the order of their
+    bits."""
+    import torch
+
+    largest = torch.empty(len(values), dtype=torch.int16)
+    work = torch.empty((rows, values.shape[1]), dtype=torch.int16)
+    for piece, target in zip(values.view(torch.int16).split(rows), largest.split(rows), strict=True):
+        torch.amax(torch.bitwise_and(piece, 0x7FFF, out=work[: len(piece)]), 1, out=target)
+    return largest.view(values.dtype).float()
 
 
 def dequantize(data: Bytes, page: Bytes, dtype: str, group: int) -> None:

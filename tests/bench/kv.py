@@ -8,7 +8,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from tests.bench import kv_locality, kv_tiers
+from tests.bench import kv_locality, kv_quality, kv_tiers
 from tests.processes import ROOT
 
 TARGETS = {
@@ -30,6 +30,8 @@ def main() -> None:
     only = parser.parse_args().only
     with tempfile.TemporaryDirectory(prefix="bench-kv-") as folder:
         figures = asyncio.run(kv_tiers.figures(Path(folder), only)) if only != "trace" else {}
+        if only in ("", "quality"):
+            figures |= asyncio.run(kv_quality.quality(Path(folder) / "quality"))
     if only in ("", "trace"):
         if kv_locality.TRACE.exists():
             figures |= kv_locality.figures()

@@ -1,4 +1,4 @@
-"""The tiers, on the CPU engine of this machine: what loading saves, what saving costs, what int8 does to quality.
+"""The tiers, on the CPU engine of this machine: what loading saves, and what saving costs.
 
 What is compared runs in the same engine in turns, or in two engines at the same time: only ratios count.
 """
@@ -10,32 +10,24 @@ import os
 import pydoc_data.topics
 import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from llmserve.bus.messages import Role, Stage
-from llmserve.kvstore.codec import Codec, DiskType, PageKind, read_header
-from llmserve.kvstore.keys import parse_path
+from llmserve.kvstore.codec import DiskType
 from llmserve.kvstore.stores.filesystem import FilesystemStore
 from llmserve.manifests.models import resolve_model
 from llmserve.manifests.schema import KVCache, Manifest, StorageClass
-from llmserve.workers.engine.vllm_outputs import decode_extra
 from llmserve.workers.kv_pages import PageKeeper
 from llmserve.workers.offload.settings import make_stores
 from tests.s3_servers import BUCKET, s3_server
-from tests.workers.engine_vllm.driver import MODEL, Collected, Driver, body, manifest
+from tests.workers.engine_vllm.driver import MODEL, Driver, body, manifest
 
 TENANT = "bench"
 PAGE_TOKENS = 128
 PROMPT_TOKENS = 1500
 ROUNDS = int(os.environ.get("KV_BENCH_ROUNDS", "5"))
-PROMPTS = int(os.environ.get("KV_BENCH_PROMPTS", "200"))
-QUALITY_PROMPT_TOKENS = 300
-QUALITY_OUTPUT_TOKENS = 16
 DECODES = 8
 DECODE_TOKENS = 160
 
@@ -115,11 +107,14 @@ async def ttft_ratio(storage: StorageClass, name: str) -> dict[str, float]:
 
 
 async def save_cost(folder: Path) -> dict[str, float]:
-    """Decode throughput lost where pages are kept, beside a decode engine that keeps none; in turns."""
+    """Decode throughput lost where pages are kept, in DRAM and below it, beside a decode engine without any tiers; in
+    turns, each of which begins with the other engine. ``save_cost_below_dram``: beside one that keeps them in DRAM
+    only, with the same connectors."""
     disk = StorageClass(name="disk", type="filesystem", path=str(folder))
-    saving = await engine(with_classes(disk), role=Role.DECODE)
-    plain = await engine(with_classes(), role=Role.DECODE)
-    prompts = iter(texts(2 * DECODES * (ROUNDS + 1), 200))
+    manifests = {"saving": with_classes(disk), "plain": with_classes(), "dram": manifest(dram_gb=0.25)}
+    engines = {name: await engine(made, role=Role.DECODE) for name, made in manifests.items()}
+    prompts = iter(texts(len(engines) * DECODES * (ROUNDS + 1), 200))
+    rates: dict[str, list[float]] = {name: [] for name in engines}
 
     async def rate(driver: Driver) -> float:
         mine = [next(prompts) for _ in range(DECODES)]
@@ -130,136 +125,26 @@ async def save_cost(folder: Path) -> dict[str, float]:
         return sum(len(one.tokens) for one in ended) / (time.perf_counter() - begun_s)
 
     try:
-        await rate(saving)
-        await rate(plain)
-        pairs = [(await rate(saving), await rate(plain)) for _ in range(ROUNDS)]
-        pages = saving.tiers["disk"]["stores"]
+        for turn in range(ROUNDS + 1):
+            for name in list(engines)[:: 1 if turn % 2 else -1]:
+                rates[name].append(await rate(engines[name]))
+        pages = engines["saving"].tiers["disk"]["stores"]
         assert pages >= DECODES * ROUNDS, pages
     finally:
-        await saving.close()
-        await plain.close()
-    with_saving, without = (statistics.median(column) for column in zip(*pairs, strict=True))
+        await asyncio.gather(*(driver.close() for driver in engines.values()))
+
+    def cost(reference: str) -> float:
+        # The first turn warms up.
+        pairs = list(zip(rates["saving"], rates[reference], strict=True))[1:]
+        return 1 - statistics.median(saving / without for saving, without in pairs)
+
     return {
-        "save_cost": 1 - with_saving / without,
-        "decode_tokens_s_saving": with_saving,
-        "decode_tokens_s": without,
+        "save_cost": cost("plain"),
+        "save_cost_below_dram": cost("dram"),
+        "decode_tokens_s_saving": statistics.median(rates["saving"][1:]),
+        "decode_tokens_s": statistics.median(rates["plain"][1:]),
         "pages_saved": float(pages),
     }
-
-
-@dataclass
-class Said:
-    """What a prompt's answer was."""
-
-    tokens: list[int]
-    logprobs: list[float]
-    reused: int
-
-
-async def answers(driver: Driver, prompts: list[list[int]]) -> list[Said]:
-    """Greedy answers, one after the other, so that batches are alike."""
-    said = []
-    for prompt in prompts:
-        data = body(prompt, max_tokens=QUALITY_OUTPUT_TOKENS, logprobs=0)
-        ended = await driver.run(Stage.WHOLE, data, tenant=TENANT)
-        said.append(Said(ended.tokens, list(logprobs(ended)), ended.first.cached_tokens or 0))
-    return said
-
-
-def logprobs(ended: Collected) -> Iterator[float]:
-    for output in ended.outputs:
-        if output.extra and (found := decode_extra(output.extra).new_logprobs) is not None:
-            yield from (float(row[0]) for row in found.logprobs)
-
-
-async def quality(folder: Path) -> dict[str, float]:
-    """Answers after pages that went through int8, beside those after the same pages kept as they are; and how much
-    answers differ for no more reason than that a prompt is computed at once instead of from its pages on."""
-    raw, small = folder / "raw", folder / "int8"
-    prompts = texts(PROMPTS, QUALITY_PROMPT_TOKENS)
-    raw_class = StorageClass(name="raw", type="filesystem", path=str(raw))
-    small_class = StorageClass(name="int8", type="filesystem", path=str(small))
-    first = await engine(with_classes(raw_class, disk="raw"))
-    computed = await answers(first, prompts)
-    pages = PROMPTS * (QUALITY_PROMPT_TOKENS // PAGE_TOKENS)
-    await kept(raw_class, pages)
-    await first.close()
-    figures = await recode(raw, small)
-    whole, quantized = await asyncio.gather(
-        engine(with_classes(raw_class, disk="raw"), 1), engine(with_classes(small_class), 1)
-    )
-    try:
-        exact, rounded = await asyncio.gather(answers(whole, prompts), answers(quantized, prompts))
-    finally:
-        await whole.close()
-        await quantized.close()
-    assert all(one.reused == QUALITY_PROMPT_TOKENS // PAGE_TOKENS * PAGE_TOKENS for one in (*exact, *rounded))
-    figures |= differences("int8", exact, rounded) | differences("recompute", exact, computed)
-    return figures | {"int8_prompts": float(PROMPTS)}
-
-
-def differences(name: str, exact: list[Said], other: list[Said]) -> dict[str, float]:
-    """How ``other`` differs from the answers after unquantized pages. Behind the first different token of an answer
-    nothing can be compared: ``agreement`` counts all of that as different, ``token_agreement`` leaves it out."""
-    agreed = [leading(a.tokens, b.tokens) for a, b in zip(exact, other, strict=True)]
-    same = sum(a.tokens == b.tokens for a, b in zip(exact, other, strict=True))
-    drifts = [
-        abs(a.logprobs[n] - b.logprobs[n])
-        for a, b, count in zip(exact, other, agreed, strict=True)
-        for n in range(count)
-    ]
-    return {
-        f"{name}_agreement": sum(agreed) / sum(len(one.tokens) for one in exact),
-        f"{name}_token_agreement": sum(agreed) / (sum(agreed) + len(exact) - same),
-        f"{name}_same_answers": same / len(exact),
-        f"{name}_logprob_drift_mean": statistics.mean(drifts),
-        f"{name}_logprob_drift_p99": statistics.quantiles(drifts, n=100)[98],
-    }
-
-
-def leading(one: list[int], other: list[int]) -> int:
-    """Tokens until the first difference."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-async def recode(raw: Path, small: Path) -> dict[str, float]:
-    """Keep the raw pages of one folder as int8 in another; sizes and speeds."""
-    source, target = FilesystemStore("raw", raw), FilesystemStore("int8", small)
-    pages, stored, encode_s, decode_s, quantize_s = 0, 0, 0.0, 0.0, 0.0
-    async for batch in source.listing("v1/"):
-        for item in batch:
-            data, key = await source.read(item.path), parse_path(item.path)
-            assert data is not None
-            assert key is not None
-            kind = PageKind("bf16", read_header(data).page_bytes, 64)
-            page = np.empty(kind.page_bytes, np.uint8)
-            Codec(kind, "raw").decode(key, data, page)
-            begun_s = time.perf_counter()
-            encoded = Codec(kind, "int8").encode(key, page, read_header(data).parent)
-            middle_s = time.perf_counter()
-            Codec(kind, "int8").decode(key, encoded, np.empty_like(page))
-            decode_s += time.perf_counter() - middle_s
-            encode_s += middle_s - begun_s
-            begun_s = time.perf_counter()
-            quantized(page)
-            quantize_s += time.perf_counter() - begun_s
-            await target.write(item.path, encoded)
-            pages += kind.page_bytes
-            stored += len(encoded)
-    await source.close()
-    await target.close()
-    return {
-        "int8_bytes_ratio": stored / pages,
-        "int8_encode_gb_s": pages / encode_s / 1e9,
-        "int8_decode_gb_s": pages / decode_s / 1e9,
-        "int8_quantize_gb_s": pages / quantize_s / 1e9,
-    }
-
-
-def quantized(page: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
-    from llmserve.kvstore.quantize import quantize
-
-    assert quantize(page, "bf16", 64) is not None
 
 
 async def listing_s(folder: Path) -> dict[str, float]:
@@ -329,8 +214,6 @@ async def figures(folder: Path, only: str = "") -> dict[str, float]:
             made |= await ttft_ratio(bucket, "s3")
     if wanted("save"):
         made |= await save_cost(folder / "save")
-    if wanted("quality"):
-        made |= await quality(folder / "quality")
     if wanted("listing"):
         made |= await listing_s(folder / "listing")
     if wanted("reading"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import os
+import threading
 
 import numpy as np
 import pytest
@@ -90,6 +92,28 @@ def test_an_int8_value_is_off_by_half_its_groups_scale_at_most(
         + 127 * 2**-24
     )
     assert bool(((numbers(back, dtype) - drawn.float()).abs() <= bound).all())
+
+
+def test_no_step_of_the_codec_spreads_over_the_threads_that_the_engine_computes_with() -> None:
+    if torch.get_num_threads() == 1:
+        pytest.skip("torch has one thread only")
+    page, made, counts = a_page(1_000_000), codec(page_bytes=2_000_000), []
+
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    def run() -> None:
+        # torch gives each thread that needs them threads of its own.
+        counts.append(threads())
+        decoded(made, made.encode(KEY, page))
+        counts.append(threads())
+        torch.ones(200_000).mul_(2)
+        counts.append(threads())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert counts[0] == counts[1] < counts[2]
 
 
 def test_int8_halves_a_page_and_keeps_the_order_of_magnitude_of_each_channel() -> None:

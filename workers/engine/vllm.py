@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import tempfile
+import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import replace
@@ -55,6 +56,8 @@ _ABORTED_KEPT = 4096
 """Aborted requests whose late outputs are still recognised."""
 _ASK_IDLE_S = 1.0
 """As often as a heartbeat."""
+_RELEASE_S = 1.0
+"""For a core that is to end to free what it holds."""
 
 
 class VllmEngine(Engine):
@@ -129,6 +132,11 @@ class VllmEngine(Engine):
     async def close(self) -> None:
         if self._asking is not None:
             self._asking.cancel()
+        # A core does not end while it holds pages for others, which are lost in any case.
+        self._release(list(self._held))
+        end_s = time.monotonic() + _RELEASE_S
+        while self._held and self._died is None and time.monotonic() < end_s:
+            await asyncio.sleep(0.01)
         core, self._core = self._core, None
         if core is not None:
             await core.close()

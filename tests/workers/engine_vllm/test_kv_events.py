@@ -94,11 +94,14 @@ async def test_tenants_of_one_group_share_pages(caching: Driver, prompt: Prompt)
     assert shared.first.cached_tokens == 160
 
 
-async def test_evicted_pages_are_told_and_what_is_told_is_there(caching: Driver, prompt: Prompt) -> None:
+async def test_evicted_pages_are_told_and_what_is_told_is_there_for_their_owner_alone(
+    caching: Driver, prompt: Prompt
+) -> None:
     """In its own memory, and in DRAM, which holds more."""
-    first = prompt(641, "Page 0.")
-    names = hashes(first)
-    await caching.run(Stage.WHOLE, body(first, 1))
+    first, ann, eve = prompt(641, "Page 0."), {"tenant": "ann", "owner_salt": SALTS.owner("ann")}, SALTS.owner("eve")
+    pages_salt = SALTS.worker_salt("ann", None)
+    names = hashes(first, pages_salt)
+    await caching.run(Stage.WHOLE, body(first, 1), **ann)
     await caching.until(lambda: names <= told(caching), "its pages are told")
     await caching.until(lambda: names <= told(caching, Tier.DRAM), "that they are in DRAM too")
     # Prompts of so many pages that none of the first one's has room beside them.
@@ -112,7 +115,11 @@ async def test_evicted_pages_are_told_and_what_is_told_is_there(caching: Driver,
     assert (again.first.cached_tokens, again.first.loaded_tokens) == (1500 // BLOCK * BLOCK, 0)
 
     assert names <= told(caching, Tier.DRAM)
-    loaded = await caching.run(Stage.WHOLE, body(first, 1))
+    for guess in (None, SALTS.owner("ann").hex(), pages_salt):
+        spy = body(first[:97], 1, cache_salt=guess, extra_args={"kv_transfer_params": {"space": "t-ann"}})
+        spied = await caching.run(Stage.WHOLE, spy, tenant="eve", owner_salt=eve)
+        assert (spied.first.cached_tokens, spied.first.loaded_tokens) == (0, 0)
+    loaded = await caching.run(Stage.WHOLE, body(first, 1), **ann)
     assert (loaded.first.cached_tokens, loaded.first.loaded_tokens) == (640, 640)
     for number in range(2):
         await caching.run(Stage.WHOLE, body(prompt(1500, f"More {number}."), 1))
