@@ -171,6 +171,12 @@ class TransferEngine(ABC):
     def order_after(self, mark: object) -> None:  # noqa: B027
         """The next pull begins on the device only after what ``mark``, of the owner's device, stands for."""
 
+    def hold_up(self, handle: Handle) -> None:  # noqa: B027
+        """What the owner's device is given from now on begins only after that pull has ended."""
+
+    def finish(self, handle: Handle) -> None:  # noqa: B027
+        """Wait for the end of that pull, which nothing but the device is needed for."""
+
     def settle(self, mark: object) -> None:  # noqa: B027
         """Wait until what ``mark`` stands for has happened."""
 

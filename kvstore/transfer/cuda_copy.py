@@ -16,17 +16,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 UNIT_BYTES = 64 << 10
-"""What one block of threads copies; larger pieces are cut."""
+"""What one block of threads copies."""
+_ROW_BYTES = 2 << 20
+"""Of the table: longer pieces are cut, so that as many blocks for each row leave few with nothing to do."""
 _WIDE = 8
 _ALIGNED = 16
 
 
-@triton.jit(do_not_specialize=["units"])  # type: ignore[untyped-decorator]
-def _copy_kernel(table, units, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    unit = tl.program_id(0)
-    source = tl.load(table + unit)
-    target = tl.load(table + units + unit)
-    size = tl.load(table + 2 * units + unit)
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
+def _copy_kernel(table, rows, UNIT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0)
+    begin = tl.program_id(1) * UNIT
+    source = tl.load(table + row) + begin
+    target = tl.load(table + rows + row) + begin
+    size = tl.minimum(tl.load(table + 2 * rows + row) - begin, UNIT)
     if WIDE:
         here = tl.multiple_of(source, 16).to(tl.pointer_type(tl.int64))
         there = tl.multiple_of(target, 16).to(tl.pointer_type(tl.int64))
@@ -53,16 +56,16 @@ class Launched:
 
 def launch(table: NDArray[numpy.int64], stream: torch.cuda.Stream) -> Launched:
     """Copy piece by piece on ``stream``, whose device is the current one; rows are source, target, size in bytes."""
-    parts = split(table, UNIT_BYTES)
-    units = len(parts)
-    pinned = torch.empty((3, units), dtype=torch.int64, pin_memory=True)
-    rows = pinned.numpy()
-    rows[:] = parts.T
-    wide = not int(numpy.bitwise_or.reduce(rows, axis=None)) % _ALIGNED
+    parts = split(table, _ROW_BYTES)
+    rows = len(parts)
+    pinned = torch.empty((3, rows), dtype=torch.int64, pin_memory=True)
+    pinned.numpy()[:] = parts.T
+    wide = not int(numpy.bitwise_or.reduce(parts, axis=None)) % _ALIGNED
     with torch.cuda.stream(stream):
         there = pinned.to("cuda", non_blocking=True)
-        if units:
-            _copy_kernel[(units,)](there, units, WIDE=wide, BLOCK=2048, num_warps=8)
+        if rows:
+            units = -(-int(parts[:, 2].max()) // UNIT_BYTES)
+            _copy_kernel[(rows, units)](there, rows, UNIT=UNIT_BYTES, WIDE=wide, BLOCK=2048, num_warps=8)
         event = torch.cuda.Event()
         event.record(stream)
     return Launched(event, there)

@@ -204,6 +204,11 @@ class CudaCopier:
         if isinstance(mark, torch.cuda.Event):
             self._stream.wait_event(mark)
 
+    def hold_up(self, copy: CudaCopy) -> None:
+        import torch
+
+        torch.cuda.current_stream(self._gpu).wait_event(copy.launched.event)
+
     @staticmethod
     def settle(mark: object) -> None:
         import torch

@@ -1,7 +1,8 @@
-"""Fetches between GPUs of one host without the mover's thread.
+"""Fetches within one host without the mover's thread.
 
 A copy by a GPU kernel is started in microseconds and asks nothing of anybody until it is done. A thread would first
-have to wait for the interpreter, which a busy engine gives up only every few milliseconds.
+have to wait for the interpreter, which a busy engine gives up only every few milliseconds. So a load is better still:
+the device's next work waits for it, and nobody looks for its end until that work has been given out.
 """
 
 from __future__ import annotations
@@ -48,14 +49,29 @@ class Express:
         self._engine = engine
         self._otherwise = otherwise
         self._permits = permits
-        self._rung = Rung(engine.name, "pull")
+        self._rung, self._load_rung = Rung(engine.name, "pull"), Rung(engine.name, "load")
         self._peers: dict[str, _Peer] = {}
         self._pulls: list[_Pull] = []
+        self._loads: list[_Pull] = []
         self._off: list[_Pull] = []
         """Given up, and their pages may still be written to."""
 
     def fetch(self, fetch: Fetch) -> bool:
         """Start the fetch here; False: it is to be done otherwise, and nothing was charged."""
+        pull = self._started(fetch)
+        if pull is not None:
+            self._pulls.append(pull)
+        return pull is not None
+
+    def load(self, fetch: Fetch) -> bool:
+        """Start the fetch and let the device's work from now on wait for it; False: it cannot be done."""
+        pull = self._started(fetch)
+        if pull is not None:
+            self._engine.hold_up(pull.handle)
+            self._loads.append(pull)
+        return pull is not None
+
+    def _started(self, fetch: Fetch) -> _Pull | None:
         now_s = time.monotonic()
         peer = self._peers.get(fetch.ends.mover)
         if peer is None:
@@ -63,26 +79,39 @@ class Express:
             never = said is None or not self._engine.may_reach(said)
             peer = self._peers[fetch.ends.mover] = _Peer("", math.inf if never else 0.0)
         if now_s < peer.usable_s or now_s > fetch.expires_s:
-            return False
+            return None
         size_bytes = size_of(fetch.runs)
         try:
             if not peer.name:
                 peer.name = self._engine.connect(fetch.ends.engines[self._engine.name])
             if not self._permits(size_bytes):
-                return False
+                return None
             self._engine.order_after(fetch.after)
             handle = self._engine.pull(peer.name, fetch.runs, fetch.local, fetch.remote)
         except TransferError as error:
             self._failed(peer, str(error))
-            return False
-        self._pulls.append(_Pull(fetch, peer.name, handle, size_bytes, now_s))
-        return True
+            return None
+        return _Pull(fetch, peer.name, handle, size_bytes, now_s)
 
     def _failed(self, peer: _Peer, why: str) -> None:
         wait_s = min(COOL_DOWN_S * 2.0**peer.failures, COOL_DOWN_MAX_S)
         logger.warning("express pulls by %s are off for %g s: %s", self._engine.name, wait_s, why)
         self._engine.forget(peer.name)
         peer.name, peer.usable_s, peer.failures = "", time.monotonic() + wait_s, peer.failures + 1
+
+    def finish_loads(self) -> list[Fetched]:
+        """Wait for all loads; what failed is not tried again."""
+        loads, self._loads = self._loads, []
+        return [self._loaded(pull) for pull in loads]
+
+    def _loaded(self, pull: _Pull) -> Fetched:
+        self._engine.finish(pull.handle)
+        fine = self._engine.poll(pull.handle) is Progress.DONE and self._fenced(pull)
+        seconds = time.monotonic() - pull.started_s
+        if fine:
+            return Fetched(pull.fetch.id, "", [Attempt(self._load_rung, pull.size_bytes, seconds)])
+        self._failed(self._peers[pull.fetch.ends.mover], f"{pull.fetch.id} failed")
+        return Fetched(pull.fetch.id, "peer", [Attempt(self._load_rung, 0, seconds, "peer")])
 
     def take_ended(self) -> list[Fetched]:
         """Fetches that are done, with the fence; those that failed are ordered otherwise."""

@@ -25,6 +25,7 @@ from llmserve.kvstore.transfer.calls import Ask, Pushed, Stop
 from llmserve.kvstore.transfer.ladder import Rung
 from llmserve.kvstore.transfer.orders import Attempt, Ends, Fetch, Fetched
 from llmserve.kvstore.transfer.peers import Peer, Peers
+from llmserve.kvstore.transfer.runs import table_of
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +119,6 @@ class Fetches:
                 self._failed(job, "peer", f"{error}")
 
     def _submit(self, job: Job, rung: Rung) -> None:
-        import numpy
-
         engine, fetch = self._engines[rung.engine], job.fetch
         if rung.direction == "pull":
             name = self._peers.connected(job.peer, rung.engine)
@@ -129,7 +128,7 @@ class Fetches:
         self._push_ids += 1
         job.push_id, job.handle = self._push_ids, None
         engine.settle(fetch.after)
-        runs = numpy.array([(r.remote, r.local, r.size_bytes) for r in fetch.runs], dtype=numpy.int64).tobytes()
+        runs = table_of(fetch.runs)[:, [1, 0, 2]].tobytes()
         ask = Ask(job.push_id, self._ends, rung.engine, runs, fetch.local.gpu, fetch.remote.gpu)
         if not self._peers.say(job.peer, ask):
             raise PeerGone("the peer cannot be asked")

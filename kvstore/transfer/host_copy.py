@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
+
+_LOOK_S = 0.0001
 
 
 @dataclass(slots=True)
@@ -86,6 +89,17 @@ class CopyThread:
                 with self.wake:
                     copy.state, copy.running = Progress.FAILED, False
                 return
+
+    def finish(self, copy: HostCopy) -> None:
+        """Return when it has ended; what the thread has not begun is copied by the caller."""
+        with self.wake:
+            waiting = copy in self.queue
+            if waiting:
+                self.queue.remove(copy)
+        if waiting:
+            self.run(copy)
+        while copy.state is Progress.RUNNING:
+            time.sleep(_LOOK_S)
 
     def cancel(self, copy: HostCopy) -> bool:
         with self.wake:

@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Direction = Literal["pull", "push"]
+Direction = Literal["pull", "push", "load"]
+"""A load is a pull that the device's next work waits for, see ``express``; it stands on no ladder."""
 
 COOL_DOWN_S = 2.0
 COOL_DOWN_MAX_S = 120.0

@@ -57,7 +57,8 @@ class Mover:
         """``probe``: memory for probes, registered already, kept alive by ``owner``; without it none are made.
         ``probe_piece_bytes``: the runs that pages come in.
 
-        ``express``: an engine for the owner's thread, see ``Express``.
+        ``express``: an engine for the owner's thread, see ``Express``; of host memory it only makes loads, since a
+        copy would hold that thread up for nothing.
         """
         self._engines = {engine.name: engine for engine in engines}
         self._bucket = bucket
@@ -91,8 +92,16 @@ class Mover:
     def fetch(self, fetch: Fetch) -> None:
         """Order pages; the end of it comes from ``take_ended``."""
         self._under_way += 1
-        if self._express is None or not self._express.fetch(fetch):
+        if self._express is None or fetch.local.gpu is None or not self._express.fetch(fetch):
             self._order(fetch)
+
+    def load(self, fetch: Fetch) -> bool:
+        """Start a fetch that the device's work from now on waits for; False: it cannot be done."""
+        return self._express is not None and self._express.load(fetch)
+
+    def finish_loads(self) -> list[Fetched]:
+        """Wait for the end of all loads."""
+        return self._express.finish_loads() if self._express is not None else []
 
     def notify(self, ends: Ends, message: bytes) -> None:
         """Send a message by any engine; it may be lost with the peer."""

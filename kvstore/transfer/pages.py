@@ -14,15 +14,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class PageRun:
-    """``count`` pages, consecutive on both sides."""
-
-    local: int
-    remote: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
 class Strip:
     """One layer's pages in memory: page ``i`` is ``page_bytes`` long and starts at ``base + i * stride_bytes``."""
 
@@ -36,21 +27,22 @@ class Strip:
         return self.stride_bytes == self.page_bytes
 
 
-def page_runs(local: Sequence[int], remote: Sequence[int]) -> list[PageRun]:
-    """Pair the i-th local page with the i-th remote one and merge neighbours. Raises ``ValueError``."""
+def page_runs(local: Sequence[int], remote: Sequence[int]) -> NDArray[numpy.int64]:
+    """Pair the i-th local page with the i-th remote one and merge neighbours. Raises ``ValueError``.
+
+    Shape (runs, 3): first page here, first page there, and how many are consecutive on both sides.
+    """
+    import numpy
+
     if len(local) != len(remote):
         raise ValueError(f"{len(local)} local pages for {len(remote)} remote ones")
-    runs: list[PageRun] = []
-    for here, there in zip(local, remote, strict=True):
-        last = runs[-1] if runs else None
-        if last and here == last.local + last.count and there == last.remote + last.count:
-            runs[-1] = PageRun(last.local, last.remote, last.count + 1)
-        else:
-            runs.append(PageRun(here, there, 1))
-    return runs
+    pairs = numpy.array([local, remote], dtype=numpy.int64)
+    first = numpy.flatnonzero((numpy.diff(pairs, prepend=-2) != 1).any(axis=0))
+    counts = numpy.diff(first, append=len(local))
+    return numpy.stack([*pairs[:, first], counts], axis=1)
 
 
-def byte_runs(runs: Sequence[PageRun], local: Sequence[Strip], remote: Sequence[Strip]) -> RunTable:
+def byte_runs(runs: NDArray[numpy.int64], local: Sequence[Strip], remote: Sequence[Strip]) -> RunTable:
     """The runs' bytes, strip by strip; pages that do not touch on both sides go one by one.
 
     Raises ``ValueError`` if the strips do not match.
@@ -59,12 +51,11 @@ def byte_runs(runs: Sequence[PageRun], local: Sequence[Strip], remote: Sequence[
 
     if len(local) != len(remote):
         raise ValueError(f"{len(local)} local layers for {len(remote)} remote ones")
-    whole = numpy.array([(run.local, run.remote, run.count) for run in runs], dtype=numpy.int64).reshape(-1, 3)
     tables: list[NDArray[numpy.int64]] = [numpy.empty((0, 3), dtype=numpy.int64)]
     for here, there in zip(local, remote, strict=True):
         if here.page_bytes != there.page_bytes:
             raise ValueError(f"a page of a layer is {here.page_bytes} bytes here and {there.page_bytes} there")
-        pages = whole if here.dense and there.dense else _singly(whole)
+        pages = runs if here.dense and there.dense else _singly(runs)
         scale = numpy.array([here.stride_bytes, there.stride_bytes, here.page_bytes], dtype=numpy.int64)
         tables.append(pages * scale + numpy.array([here.base, there.base, 0], dtype=numpy.int64))
     return RunTable(numpy.concatenate(tables))

@@ -33,14 +33,7 @@ from llmserve.kvstore.transfer.base import (
 from llmserve.kvstore.transfer.cma import CrossMemory
 from llmserve.kvstore.transfer.host_copy import CopyThread, HostCopy
 from llmserve.kvstore.transfer.processes import Process, host_identity, started
-from llmserve.kvstore.transfer.runs import (
-    as_array,
-    check_inside,
-    chunks,
-    local_pieces,
-    remote_pieces,
-    table_of,
-)
+from llmserve.kvstore.transfer.runs import as_array, check_inside, chunks, local_pieces, remote_pieces, table_of
 
 if TYPE_CHECKING:
     from llmserve.kvstore.transfer.cuda_ipc import CudaCopier, CudaCopy, IpcRegion
@@ -272,6 +265,18 @@ class SameHostEngine(TransferEngine):
     def order_after(self, mark: object) -> None:
         if self._gpu is not None:
             self._gpu.order_after(mark)
+
+    def hold_up(self, handle: Handle) -> None:
+        if isinstance(handle, _GpuCopy) and self._gpu is not None:
+            self._gpu.hold_up(handle.copy)
+        else:
+            self.finish(handle)
+
+    def finish(self, handle: Handle) -> None:
+        if isinstance(handle, _GpuCopy):
+            self.settle(handle.copy.launched.event)
+        elif isinstance(handle, HostCopy):
+            self._worker.finish(handle)
 
     def settle(self, mark: object) -> None:
         if self._gpu is not None:

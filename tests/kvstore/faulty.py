@@ -99,6 +99,14 @@ class FaultyEngine(TransferEngine):
             return Progress.RUNNING
         return Progress.FAILED if handle.fault == "completion" else progress
 
+    def hold_up(self, handle: Handle) -> None:
+        assert isinstance(handle, _Wrapped)
+        self._inner.hold_up(handle.inner)
+
+    def finish(self, handle: Handle) -> None:
+        assert isinstance(handle, _Wrapped)
+        self._inner.finish(handle.inner)
+
     def release(self, handle: Handle) -> bool:
         assert isinstance(handle, _Wrapped)
         return self._inner.release(handle.inner)

@@ -110,3 +110,22 @@ def test_a_fetch_that_the_bucket_holds_back_or_whose_lease_is_over_is_left_to_th
 
 def test_a_peer_without_this_engine_is_left_to_the_mover(bench: Bench) -> None:
     assert not bench.express.fetch(replace(bench.order(), ends=Ends("m", {"nixl": b"x"})))
+
+
+def test_a_load_has_ended_when_the_next_work_begins(bench: Bench) -> None:
+    assert bench.express.load(bench.order())
+    assert set(np.flatnonzero(bench.here.data)) == set(range(SIZE // 2)), "the fence is read when it is asked for"
+    (fetched,) = bench.express.finish_loads()
+    assert (fetched.id, fetched.failure, fetched.attempts[0].bytes_moved) == ("r", "", SIZE // 2)
+    assert set(np.flatnonzero(bench.here.data)) == {*range(SIZE // 2), *range(SIZE - 8, SIZE)}
+    assert bench.express.finish_loads() == []
+
+
+def test_a_load_that_fails_is_said_to_have_failed_and_tried_nowhere_else(bench: Bench) -> None:
+    bench.engine.fault = "completion"
+    assert bench.express.load(bench.order())
+    (fetched,) = bench.express.finish_loads()
+    assert fetched.failure == "peer"
+    assert bench.left == []
+    bench.engine.fault = ""
+    assert not bench.express.load(bench.order()), "not at once again"

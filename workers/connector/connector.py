@@ -21,11 +21,13 @@ from llmserve.kvstore.transfer import SAME_HOST
 from llmserve.kvstore.transfer.base import EngineOptions, Place, Region
 from llmserve.kvstore.transfer.pacing import TokenBucket
 from llmserve.workers.connector import layout
+from llmserve.workers.connector.at_once import AtOnce
+from llmserve.workers.connector.lease_check import LeaseCheck
 from llmserve.workers.connector.leases import LeaseTable
-from llmserve.workers.connector.meta import Computed, RankMeta, StepMeta, TransferStats
+from llmserve.workers.connector.meta import RankMeta, StepMeta, TransferStats
 from llmserve.workers.connector.movers import LadderOptions, device_mark, open_mover
 from llmserve.workers.connector.scheduler import SchedulerSettings, SchedulerSide
-from llmserve.workers.connector.wire import RankPages, encode, rank_key
+from llmserve.workers.connector.wire import Handoff, RankPages, encode, rank_key
 from llmserve.workers.connector.worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
 _UNSPLIT_TOKENS = 64
 """Pages of more tokens are several blocks to some attention kernels, which must then touch within a layer."""
+_AT_ONCE_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}
+"""What a load in a step may hold up the other requests for: some ten milliseconds on CPUs, two or three on GPUs."""
 _BURST_S = 0.1
 """Seconds at the full rate that may pass at once."""
 
@@ -67,8 +71,39 @@ class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         """Of this rank, over all its layers; known once the caches are registered."""
         self.transports = ""
         """The transfer engines of this rank, and why others are not there."""
+        self._leases: LeaseCheck | None = None
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerSide(self._settings(), lambda name: self._kv_cache_manager.get_block_ids(name))
+            at_once = AtOnce(self._at_once_tokens(), vllm_config.parallel_config.tensor_parallel_size, self._stands)
+            self._scheduler = SchedulerSide(
+                self._settings(),
+                lambda name: self._kv_cache_manager.get_block_ids(name),
+                at_once,
+                lambda pages: self._kv_cache_manager.evict_blocks(pages),
+            )
+
+    def _at_once_tokens(self) -> int:
+        """How many tokens' pages may be loaded in the step that computes with them; 0: never.
+
+        Not with a bound on bytes a second, which may put any transfer off; nor with tiers, which could store pages
+        before they are certain; nor with drafts, several groups of pages or pipelines, where vLLM's steps differ.
+        """
+        config, cache = self._vllm_config, self._kv_cache_config
+        alone = self._kv_transfer_config.kv_connector == type(self).__name__
+        plain = (
+            len(cache.kv_cache_groups) == 1
+            and config.parallel_config.pipeline_parallel_size == 1
+            and config.speculative_config is None
+        )
+        if not (alone and plain and self._extra["same_host"]) or self._extra.get("io_bytes_s"):
+            return 0
+        page_bytes = sum(tensor.size for tensor in cache.kv_cache_tensors) // cache.num_blocks
+        pages: int = _AT_ONCE_BYTES.get(config.device_config.device_type, 0) // page_bytes
+        return pages * int(cache.kv_cache_groups[0].kv_cache_spec.block_size)
+
+    def _stands(self, handoff: Handoff) -> bool:
+        if self._leases is None:
+            self._leases = LeaseCheck(handoff.fingerprint)
+        return self._leases.stands(handoff)
 
     def _settings(self) -> SchedulerSettings:
         groups = tuple(self._kv_cache_config.transfer_group_ids)
@@ -223,7 +258,7 @@ class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         meta = self._get_connector_metadata()
         assert isinstance(meta, StepMeta)
-        return Computed(meta.computed) if meta.computed else None
+        return self.worker_side.take_said(meta.computed)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         meta = self._get_connector_metadata()
@@ -245,7 +280,7 @@ class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         return self._worker.take_stats() if self._worker is not None else None
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are asynchronous: a request is not run before its pages are here."""
+        """The device waits for all pages of a load, or the request is not run before they are here."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Pages are read by the consumer."""
@@ -254,6 +289,9 @@ class LLMServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         """See ``save_kv_layer``."""
 
     def shutdown(self) -> None:
+        if self._leases is not None:
+            self._leases.close()
+            self._leases = None
         if self._worker is not None:
             self._worker.close()
             self._worker = None

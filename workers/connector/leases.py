@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy
     from numpy.typing import NDArray
 
+SLOT_BYTES = 8
+
 EARLY_KEPT_S = 60.0
 """How long the end of a lease that is not known yet is remembered."""
 
@@ -99,3 +101,16 @@ class Leases:
         """Requests whose pages may be freed; their slots are zero already."""
         ended, self._ended = self._ended, set()
         return ended
+
+
+def lease_over(lease_s: float, age_s: float) -> bool:
+    """Whether a lease that is at least ``age_s`` old is too close to its end for a read to begin.
+
+    The fence alone decides what is valid; this spares transfers that it would most likely refuse.
+    """
+    return lease_ends_s(lease_s, 0.0) < age_s
+
+
+def lease_ends_s(lease_s: float, begun_s: float) -> float:
+    """Until when a read may begin."""
+    return begun_s + lease_s - min(1.0, lease_s / 10)

@@ -36,6 +36,9 @@ class Pull:
     """Monotonic time at which the request came; its lease is at least that old."""
     refusal: str = ""
     """Why it cannot be read: to be reported as failed."""
+    at_once: bool = False
+    """The step that orders it computes with these pages: the device waits for them, and the step's output says
+    whether they were valid."""
 
 
 @dataclass(slots=True)
@@ -61,29 +64,39 @@ class StepMeta(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untyped
 
 
 @dataclass(slots=True)
-class Computed(KVConnectorWorkerMetadata):  # type: ignore[misc]  # vLLM is untyped
-    """A worker to the scheduler, with a step's output: ``StepMeta.computed`` has come true."""
+class Said(KVConnectorWorkerMetadata):  # type: ignore[misc]  # vLLM is untyped
+    """The workers to the scheduler, with a step's output."""
 
-    tokens: dict[str, int]
+    computed: dict[str, int] = field(default_factory=dict)
+    """``StepMeta.computed``, which has come true."""
+    loaded: dict[str, bool] = field(default_factory=dict)
+    """Requests whose pages were loaded at once -> whether they were valid, on all ranks."""
+    near: set[tuple[str, str]] = field(default_factory=set)
+    """(engine id of a producer, rank) that turned out to be on this host: the next pages may be loaded at once."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        # All ranks were told the same.
-        return self
+        assert isinstance(other, Said)
+        # All ranks were told to compute and to load the same.
+        loaded = {request: fine and other.loaded.get(request, False) for request, fine in self.loaded.items()}
+        return Said(self.computed, loaded, self.near | other.near)
+
+
+_KINDS = ("transfers", "released", "ahead", "spoilt")
 
 
 class TransferStats(KVConnectorStats):  # type: ignore[misc]  # vLLM is untyped
-    """Finished transfers ``[engine, direction, bytes, seconds, failure, request]``, requests freed, and ``[request,
-    encoded handoff]`` of prompts that are computed in part."""
+    """Finished transfers ``[engine, direction, bytes, seconds, failure, request]``, requests freed, ``[request,
+    encoded handoff]`` of prompts that are computed in part, and requests whose tokens were computed with pages that
+    were not valid."""
 
     def __init__(self, data: dict[str, Any] | None = None) -> None:
         super().__init__(data if data else {})
         self.data: dict[str, list[Any]]
-        self.data.setdefault("transfers", [])
-        self.data.setdefault("released", [])
-        self.data.setdefault("ahead", [])
+        for kind in _KINDS:
+            self.data.setdefault(kind, [])
 
     def reset(self) -> None:
-        self.data = {"transfers": [], "released": [], "ahead": []}
+        self.data = {kind: [] for kind in _KINDS}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         return TransferStats({key: [*self.data[key], *other.data.get(key, [])] for key in self.data})

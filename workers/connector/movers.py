@@ -51,10 +51,8 @@ def open_mover(ladder: LadderOptions, regions: Sequence[Region], bucket: TokenBu
     return mover, names + reasons
 
 
-def _express(options: EngineOptions, regions: Sequence[Region]) -> TransferEngine | None:
-    """An engine for the engine core's own thread; on CPUs a copy would hold it up."""
-    if options.gpu is None:
-        return None
+def _express(options: EngineOptions, regions: Sequence[Region]) -> TransferEngine:
+    """An engine for the engine core's own thread."""
     engine = open_engine(SAME_HOST, options)
     engine.register(regions)
     return engine

@@ -12,8 +12,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmserve.workers.connector.leases import new_token
-from llmserve.workers.connector.meta import Computed, Pull, RankMeta, StepMeta, TransferStats
+from llmserve.workers.connector.at_once import AtOnce, Load
+from llmserve.workers.connector.leases import lease_over, new_token
+from llmserve.workers.connector.meta import Pull, RankMeta, Said, StepMeta, TransferStats
+from llmserve.workers.connector.pairing import paired
 from llmserve.workers.connector.wire import (
     HANDOFF,
     HOLD,
@@ -32,9 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.llmserve.connector")
 """Below ``vllm``, whose logger is the one that engine processes configure."""
-
-NULL_PAGE = 0
-"""vLLM's placeholder for pages that a sliding window has left behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +58,26 @@ class SchedulerSettings:
 class _Pending:
     handoff: Handoff
     arrived_s: float
+    at_once: bool = False
+    """As vLLM was last told."""
 
 
 class SchedulerSide:
     """State of the leases given and of the handoffs to be read."""
 
-    def __init__(self, settings: SchedulerSettings, pages_of: Callable[[str], tuple[list[int], ...]]) -> None:
-        """``pages_of``: the page numbers of a running request, by group."""
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        pages_of: Callable[[str], tuple[list[int], ...]],
+        at_once: AtOnce,
+        evict: Callable[[set[int]], None],
+    ) -> None:
+        """``pages_of``: the page numbers of a running request, by group. ``evict`` takes pages out of the prefix
+        cache."""
         self._settings = settings
         self._pages_of = pages_of
+        self._at_once = at_once
+        self._evict = evict
         self._fingerprint = ""
         self._ranks: dict[str, bytes] = {}
         self._free_slots = deque(range(settings.slots))
@@ -115,6 +125,8 @@ class SchedulerSide:
         if not tokens and request.request_id in self._reading_ahead:
             # It must not compute what it cannot read; its owner takes it back.
             return None, False
+        if self._at_once.doubts(computed_tokens):
+            return None, False
         return tokens, waits
 
     def _readable(self, request: Request, computed_tokens: int) -> tuple[int, bool]:
@@ -133,8 +145,9 @@ class SchedulerSide:
             self._meta.dismiss.append(handoff)
             self._meta.failures.append("stale")
             return 0, False
-        tokens = min(handoff.tokens, request.num_prompt_tokens) - computed_tokens
-        return (tokens, True) if tokens > 0 else (0, False)
+        pending.at_once = self._at_once.may(handoff, min(handoff.tokens, request.num_prompt_tokens) - computed_tokens)
+        tokens = _end(pending, request) - computed_tokens
+        return (tokens, not pending.at_once) if tokens > 0 else (0, False)
 
     def _refusal(self, handoff: Handoff) -> str:
         settings = self._settings
@@ -164,27 +177,14 @@ class SchedulerSide:
         if external_tokens == 0:
             self._meta.dismiss.append(pending.handoff)
             return
-        end = min(pending.handoff.tokens, request.num_prompt_tokens)
-        self._meta.pull[request_id] = self._pull(pending, blocks.get_block_ids(), end - external_tokens, end)
-
-    def _pull(self, pending: _Pending, pages: tuple[list[int], ...], start: int, end: int) -> Pull:
-        local: list[list[int]] = []
-        remote: list[list[int]] = []
-        refusal = ""
-        settings = self._settings
-        for group, page_tokens, theirs in zip(
-            settings.groups, settings.page_tokens, pending.handoff.pages, strict=True
-        ):
-            first, last = start // page_tokens, -(-end // page_tokens)
-            here, there = pages[group][first:last], theirs[first:last]
-            if len(here) != last - first or len(there) != last - first:
-                refusal = f"pages {first} to {last} wanted, {len(here)} are here and {len(there)} there"
-            pairs = [(h, t) for h, t in zip(here, there, strict=False) if h != NULL_PAGE]
-            if any(t == NULL_PAGE for _, t in pairs):
-                refusal = "the prefill worker has dropped pages of its sliding window that are needed here"
-            local.append([h for h, _ in pairs])
-            remote.append([t for _, t in pairs])
-        return Pull(pending.handoff, local, remote, pending.arrived_s, refusal)
+        handoff, end = pending.handoff, _end(pending, request)
+        start = end - external_tokens
+        ours = self._groups_of(blocks.get_block_ids())
+        local, remote, refusal = paired(self._settings.page_tokens, ours, handoff.pages, start, end)
+        self._meta.pull[request_id] = Pull(handoff, local, remote, pending.arrived_s, refusal, pending.at_once)
+        if pending.at_once:
+            pages = tuple(page for group in local for page in group)
+            self._at_once.begun(request_id, Load(handoff.engine_id, start, pages))
 
     # -- steps --------------------------------------------------------------------------------------------------
 
@@ -216,9 +216,12 @@ class SchedulerSide:
             slot, _ = self._armed.pop(request_id)
             self._free_slots.append(slot)
             self._stats.data["released"].append(request_id)
-        if isinstance(computed := output.kv_connector_worker_meta, Computed):
-            for request_id, tokens in computed.tokens.items():
+        if isinstance(said := output.kv_connector_worker_meta, Said):
+            for request_id, tokens in said.computed.items():
                 self._offer(request_id, tokens)
+            for request_id, load in self._at_once.heard(said):
+                self._evict(set(load.pages))
+                self._stats.data["spoilt"].append(request_id)
 
     def _offer(self, request_id: str, tokens: int) -> None:
         """Tell of the first pages of a prompt, unless it has gone or ended meanwhile."""
@@ -287,14 +290,7 @@ class SchedulerSide:
         )
 
 
-def lease_over(lease_s: float, age_s: float) -> bool:
-    """Whether a lease that is at least ``age_s`` old is too close to its end for a read to begin.
-
-    The fence alone decides what is valid; this spares transfers that it would most likely refuse.
-    """
-    return lease_ends_s(lease_s, 0.0) < age_s
-
-
-def lease_ends_s(lease_s: float, begun_s: float) -> float:
-    """Until when a read may begin."""
-    return begun_s + lease_s - min(1.0, lease_s / 10)
+def _end(pending: _Pending, request: Request) -> int:
+    """Tokens of the prompt that are there after the read. A request that runs at once has to compute one itself."""
+    limit: int = request.num_prompt_tokens - pending.at_once
+    return min(pending.handoff.tokens, limit)

@@ -9,19 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from llmserve.kvstore.transfer import SAME_HOST
 from llmserve.kvstore.transfer.base import Place, Run
 from llmserve.kvstore.transfer.ladder import Rung
 from llmserve.kvstore.transfer.orders import Attempt, Ends, Fetch, Fetched
 from llmserve.kvstore.transfer.pages import Strip, byte_runs, page_runs
 from llmserve.kvstore.transfer.runs import RunTable
-from llmserve.workers.connector.leases import Leases, LeaseTable
-from llmserve.workers.connector.meta import Pull, StepMeta, TransferStats
-from llmserve.workers.connector.scheduler import lease_ends_s
+from llmserve.workers.connector.leases import SLOT_BYTES, Leases, LeaseTable, lease_ends_s
+from llmserve.workers.connector.meta import Pull, Said, StepMeta, TransferStats
 from llmserve.workers.connector.wire import Handoff, RankPages, WireError, decode_rank, done, parse_done
 
 logger = logging.getLogger("vllm.llmserve.connector")
 
-_SLOT_BYTES = 8
 _FENCE_SLOTS = 1024
 """Reads under way at once at most."""
 _NO_RUNG = Rung("none", "pull")
@@ -32,6 +31,8 @@ class PageMover(Protocol):
     """As much of ``Mover`` as is used here."""
 
     def fetch(self, fetch: Fetch) -> None: ...
+    def load(self, fetch: Fetch) -> bool: ...
+    def finish_loads(self) -> list[Fetched]: ...
     def notify(self, ends: Ends, message: bytes) -> None: ...
     def take_ended(self) -> list[Fetched]: ...
     def take_notes(self) -> list[bytes]: ...
@@ -90,6 +91,7 @@ class WorkerSide:
         self._reads: dict[str, _Read] = {}
         self._received: set[str] = set()
         self._failed: set[str] = set()
+        self._said = Said()
         self._stats = TransferStats()
 
     @staticmethod
@@ -122,7 +124,11 @@ class WorkerSide:
             self._dismiss(handoff)
         for kind in meta.failures:
             self._record(Attempt(_NO_RUNG, 0, 0.0, kind), "")
-        self._waiting.extend(meta.pull.items())
+        for request, pull in meta.pull.items():
+            if pull.at_once:
+                self._load(request, pull)
+            else:
+                self._waiting.append((request, pull))
         self._start_reads()
 
     def _dismiss(self, handoff: Handoff) -> None:
@@ -133,39 +139,50 @@ class WorkerSide:
         except WireError as error:
             logger.info("%s of %s waits for its lease's end: %s", handoff.request, handoff.engine_id, error)
 
+    def _load(self, request: str, pull: Pull) -> None:
+        """This step computes with the pages."""
+        try:
+            if not self._fence_free:
+                raise WireError("too many reads are under way")
+            begun = self._mover.load(self._fetch_of(request, pull))
+        except (WireError, ValueError) as error:
+            begun = False
+            logger.warning("pages of %s cannot be loaded: %s", request, error)
+        if not begun:
+            if read := self._reads.pop(request, None):
+                self._fence_free.append(read.slot)
+            self._record(Attempt(_NO_RUNG, 0, 0.0, "other"), request)
+            self._said.loaded[request] = False
+
     def _start_reads(self) -> None:
         while self._waiting and self._fence_free:
             request, pull = self._waiting.popleft()
             try:
-                if pull.refusal:
-                    raise WireError(pull.refusal)
-                self._start(request, pull)
+                self._mover.fetch(self._fetch_of(request, pull))
             except (WireError, ValueError) as error:
                 logger.warning("pages of %s cannot be read, it is computed here: %s", request, error)
                 self._record(Attempt(_NO_RUNG, 0, 0.0, "other"), request)
                 self._report(request, failed=True)
 
-    def _start(self, request: str, pull: Pull) -> None:
+    def _fetch_of(self, request: str, pull: Pull) -> Fetch:
+        if pull.refusal:
+            raise WireError(pull.refusal)
         pages = self._peer(pull.handoff)
         runs = self._runs(pull, pages)
         slot = self._fence_free.popleft()
         self._fence.clear(slot)
-        fence = Run(
-            self._fence.address + slot * _SLOT_BYTES, pages.table + pull.handoff.slot * _SLOT_BYTES, _SLOT_BYTES
-        )
+        fence = Run(self._fence.address + slot * SLOT_BYTES, pages.table + pull.handoff.slot * SLOT_BYTES, SLOT_BYTES)
         self._reads[request] = _Read(pull, pages, slot)
-        self._mover.fetch(
-            Fetch(
-                id=request,
-                ends=pages.ends,
-                runs=runs,
-                local=self._place,
-                remote=Place(pages.gpu),
-                fence=fence,
-                timeout_s=self._timeout_s,
-                expires_s=lease_ends_s(pull.handoff.lease_s, pull.arrived_s),
-                after=self._mark(),
-            )
+        return Fetch(
+            id=request,
+            ends=pages.ends,
+            runs=runs,
+            local=self._place,
+            remote=Place(pages.gpu),
+            fence=fence,
+            timeout_s=self._timeout_s,
+            expires_s=lease_ends_s(pull.handoff.lease_s, pull.arrived_s),
+            after=self._mark(),
         )
 
     def _runs(self, pull: Pull, pages: RankPages) -> RunTable:
@@ -201,14 +218,17 @@ class WorkerSide:
                 self._leases.end(request, now_s)
         for request in self._leases.expire(now_s):
             logger.warning("nobody read the pages of %s before the end of its lease: they are freed", request)
+        for fetched in self._mover.finish_loads():
+            self._said.loaded[fetched.id] = not self._end(fetched)
         for fetched in self._mover.take_ended():
-            self._end(fetched)
+            self._report(fetched.id, failed=bool(self._end(fetched)))
         self._start_reads()
         results = Results(self._leases.take_ended(), self._received, self._failed)
         self._received, self._failed = set(), set()
         return results
 
-    def _end(self, fetched: Fetched) -> None:
+    def _end(self, fetched: Fetched) -> str:
+        """Why it has failed."""
         read = self._reads.pop(fetched.id)
         self._fence_free.append(read.slot)
         handoff = read.pull.handoff
@@ -223,7 +243,9 @@ class WorkerSide:
             self._mover.notify(read.pages.ends, done(handoff.request))
         for attempt in attempts or [Attempt(_NO_RUNG, 0, 0.0, failure)]:
             self._record(attempt, fetched.id)
-        self._report(fetched.id, failed=bool(failure))
+        if not failure and attempts[-1].rung.engine == SAME_HOST:
+            self._said.near.add((handoff.engine_id, self._rank))
+        return failure
 
     def _report(self, request: str, *, failed: bool) -> None:
         self._received.add(request)
@@ -234,6 +256,12 @@ class WorkerSide:
         rung = attempt.rung
         said = [rung.engine, rung.direction, attempt.bytes_moved, attempt.seconds, attempt.failure, request]
         self._stats.data["transfers"].append(said)
+
+    def take_said(self, computed: dict[str, int]) -> Said | None:
+        """What the scheduler has to hear with this step's output."""
+        said, self._said = self._said, Said()
+        said.computed = computed
+        return said if said != Said() else None
 
     def take_stats(self) -> TransferStats | None:
         """Attempts that ended since the last call."""

@@ -106,7 +106,7 @@ class Transfer:
     engine: str
     """``same_host``, ``nixl``, ``ucx``, ``nccl``, ``gloo``, ``simulated``; ``none`` if no engine was chosen."""
     direction: str
-    """``pull`` or ``push``, as this end sees it."""
+    """``pull`` or ``push``, as this end sees it; ``load``: a pull within the step that computes with the pages."""
     bytes_moved: int
     seconds: float
     failure: str = ""

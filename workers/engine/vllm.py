@@ -30,7 +30,7 @@ from llmserve.workers.engine.base import (
 from llmserve.workers.engine.load_rates import LoadRates
 from llmserve.workers.engine.vllm_ahead import Ahead
 from llmserve.workers.engine.vllm_config import VllmOptions, apply_environment, build_config
-from llmserve.workers.engine.vllm_core import Core, Pages
+from llmserve.workers.engine.vllm_core import Core, info_of
 from llmserve.workers.engine.vllm_events import changes_of
 from llmserve.workers.engine.vllm_outputs import (
     Entry,
@@ -38,6 +38,7 @@ from llmserve.workers.engine.vllm_outputs import (
     load_of,
     offers_of,
     released_of,
+    spoilt_of,
     tiers_of,
     transfers_of,
 )
@@ -108,7 +109,7 @@ class VllmEngine(Engine):
         self._load = EngineLoad(pages_free=pages.total)
         if self._manifest.spec.storageClasses:
             self._asking = asyncio.create_task(self._ask_when_idle())
-        return _info(config, pages)
+        return info_of(config, pages)
 
     def _prepare(self, engine_id: str) -> VllmConfig:
         apply_environment(self._manifest, self._options)
@@ -167,6 +168,7 @@ class VllmEngine(Engine):
             whole_output=work.whole_output,
             first_tokens=0 if work.whole_output else len(work.first_tokens),
             cached_tokens=staged.cached_tokens,
+            handed=work if work.handoff else None,
         )
         self._core_ids[work.work_id] = core_id
         self._core.add(staged.request)
@@ -227,8 +229,11 @@ class VllmEngine(Engine):
             if changes := changes_of(outputs, self._block_tokens):
                 self._steps.put_nowait(Step(kv=changes))
             return
+        stats = outputs.scheduler_stats
+        if stats is not None:
+            self._again(spoilt_of(stats))
         step = Step(outputs=self._read(outputs))
-        if (stats := outputs.scheduler_stats) is not None:
+        if stats is not None:
             self._load = load_of(stats, self._pages_total)
             step.transfers.extend(transfers_of(stats))
             self._stop_ahead(transfer.work_id for transfer in step.transfers if transfer.failure)
@@ -239,6 +244,17 @@ class VllmEngine(Engine):
         if _says_something(step):
             computed = sum(output.computed_tokens or 0 for output in step.outputs)
             self._steps.put_nowait(replace(step, prefill_tokens=computed))
+
+    def _again(self, core_ids: list[str]) -> None:
+        """Compute here what was computed with pages that were not valid; nobody has seen a token of it."""
+        for core_id in core_ids:
+            entry = self._entries.pop(core_id, None)
+            if entry is None or entry.handed is None or self._core is None:
+                continue
+            logger.warning("%s is computed again: the pages of its handoff were not valid", entry.work_id)
+            self._core.abort([core_id])
+            del self._core_ids[entry.work_id]
+            self.submit(replace(entry.handed, handoff=b""))
 
     def _read(self, outputs: EngineCoreOutputs) -> list[EngineOutput]:
         assert self._reader is not None
@@ -255,6 +271,7 @@ class VllmEngine(Engine):
                     # It ended before the abort arrived, so that the core took no notice of it.
                     late.append(core_id)
                 continue
+            entry.handed = None
             result = self._reader.read(output, entry)
             read.append(result)
             if result.handoff:
@@ -282,19 +299,3 @@ class VllmEngine(Engine):
 
 def _says_something(step: Step) -> bool:
     return step != Step()
-
-
-def _info(config: VllmConfig, pages: Pages) -> EngineInfo:
-    from vllm import __version__
-
-    return EngineInfo(
-        api=f"vllm-{__version__}",
-        fingerprint=pages.fingerprint,
-        max_model_len=config.model_config.max_model_len,
-        slots=config.scheduler_config.max_num_seqs,
-        step_tokens=config.scheduler_config.max_num_batched_tokens,
-        pages_total=pages.total,
-        page_tokens=pages.tokens,
-        page_bytes=pages.size_bytes,
-        transports=pages.transports,
-    )

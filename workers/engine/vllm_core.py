@@ -7,7 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from llmserve.workers.engine.base import EngineInfo
+
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.distributed.kv_events import KVEventBatch
     from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 
@@ -59,3 +62,20 @@ def refused(core_id: str) -> EngineCoreOutputs:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 
     return EngineCoreOutputs(outputs=[EngineCoreOutput(core_id, [], finish_reason=FinishReason.ERROR)])
+
+
+def info_of(config: VllmConfig, pages: Pages) -> EngineInfo:
+    """What an engine says of itself once its core has started."""
+    from vllm import __version__
+
+    return EngineInfo(
+        api=f"vllm-{__version__}",
+        fingerprint=pages.fingerprint,
+        max_model_len=config.model_config.max_model_len,
+        slots=config.scheduler_config.max_num_seqs,
+        step_tokens=config.scheduler_config.max_num_batched_tokens,
+        pages_total=pages.total,
+        page_tokens=pages.tokens,
+        page_bytes=pages.size_bytes,
+        transports=pages.transports,
+    )

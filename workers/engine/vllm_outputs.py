@@ -14,7 +14,7 @@ import msgspec
 from llmserve.bus import frames
 from llmserve.bus.messages import Reason
 from llmserve.workers.connector.wire import HANDOFF, decode_handoff, encode
-from llmserve.workers.engine.base import EngineLoad, EngineOutput, Transfer
+from llmserve.workers.engine.base import EngineLoad, EngineOutput, Transfer, Work
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput
@@ -33,6 +33,8 @@ class Entry:
     """Tokens of the prompt that a prefill worker sampled."""
     cached_tokens: int | None
     """What the prefill worker found in its cache; None if it was not asked."""
+    handed: Work | None = None
+    """The work itself, until its first output shows that the pages of its handoff were good."""
     at_first: bool = True
 
 
@@ -147,6 +149,11 @@ def transfers_of(stats: SchedulerStats) -> list[Transfer]:
 def offers_of(stats: SchedulerStats) -> list[tuple[str, bytes]]:
     """(id in the core, encoded handoff) of prompts that are computed in part."""
     return [(core_id, data) for core_id, data in _stats_of(stats, "LLMServeConnector").get("ahead", ())]
+
+
+def spoilt_of(stats: SchedulerStats) -> list[str]:
+    """Ids in the core whose outputs of the step were computed with pages that were not valid."""
+    return list(_stats_of(stats, "LLMServeConnector").get("spoilt", ()))
 
 
 def tiers_of(stats: SchedulerStats) -> dict[str, dict[str, float]]:

@@ -8,8 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from llmserve.workers.connector.meta import Computed, RankMeta
-from llmserve.workers.connector.scheduler import SchedulerSettings, SchedulerSide, lease_over
+from llmserve.workers.connector.at_once import AtOnce
+from llmserve.workers.connector.leases import lease_over
+from llmserve.workers.connector.meta import RankMeta, Said
+from llmserve.workers.connector.scheduler import SchedulerSettings, SchedulerSide
 from llmserve.workers.connector.wire import HANDOFF, HOLD, RELEASE, Handoff, decode_handoff, encode
 
 PAGE = 16
@@ -43,12 +45,22 @@ class Output:
     """As much of ``KVConnectorOutput``."""
 
     finished_sending: set[str] | None = None
-    kv_connector_worker_meta: Computed | None = None
+    kv_connector_worker_meta: Said | None = None
+
+
+class Side(SchedulerSide):
+    """With ``evicted`` pages, and leases that ``stand`` or do not."""
+
+    def __init__(self) -> None:
+        self.evicted: set[int] = set()
+        self.stand = True
+        at_once = AtOnce(100, 1, lambda _: self.stand)
+        super().__init__(SETTINGS, lambda _: ([7, 8, 9],), at_once, self.evicted.update)
 
 
 @pytest.fixture
-def side() -> SchedulerSide:
-    made = SchedulerSide(SETTINGS, lambda _: ([7, 8, 9],))
+def side() -> Side:
+    made = Side()
     made.set_ranks({(0, 0): RankMeta("kind", b"rank")})
     return made
 
@@ -185,7 +197,7 @@ def test_releases_are_passed_on(side: SchedulerSide) -> None:
 
 def test_ranks_of_different_kinds_are_refused() -> None:
     with pytest.raises(ValueError, match="different KV layouts"):
-        SchedulerSide(SETTINGS, lambda _: ([],)).set_ranks({(0, 0): RankMeta("a", b""), (0, 1): RankMeta("b", b"")})
+        Side().set_ranks({(0, 0): RankMeta("a", b""), (0, 1): RankMeta("b", b"")})
 
 
 @pytest.mark.parametrize(("age_s", "over"), [(0.0, False), (8.9, False), (9.1, True), (99.0, True)])
@@ -212,7 +224,7 @@ def test_full_pages_of_a_prompt_are_offered_when_their_step_has_ended(side: Sche
     ((slot, token),) = meta.arm
     assert meta.computed == {"p": 40}
     assert not offered(side)
-    side.on_output(Output(kv_connector_worker_meta=Computed(meta.computed)))
+    side.on_output(Output(kv_connector_worker_meta=Said(meta.computed)))
     (handoff,) = offered(side)
     assert (handoff.tokens, handoff.pages, handoff.slot, handoff.token) == (32, [[7, 8]], slot, token)
     assert handoff.ahead
@@ -230,7 +242,7 @@ def test_a_prompt_that_gives_way_loses_its_token_before_the_next_step_writes(sid
     meta = side.take_meta({"p": 40})
     ((slot, token),) = meta.arm
     assert side.take_meta({"x": 1}, preempted={"p"}).disarm == [slot]
-    side.on_output(Output(kv_connector_worker_meta=Computed(meta.computed)))
+    side.on_output(Output(kv_connector_worker_meta=Said(meta.computed)))
     assert not offered(side)
     side.allocated(request, Blocks([1, 2, 3]), 0)
     assert side.take_meta({"p": 40}).arm[0][1] != token
@@ -240,7 +252,7 @@ def test_a_prompt_that_is_cancelled_offers_nothing_more(side: SchedulerSide) -> 
     request = half_way(side)
     meta = side.take_meta({"p": 40})
     side.finished(request, ([7, 8, 9],), hold=False)
-    side.on_output(Output(kv_connector_worker_meta=Computed(meta.computed)))
+    side.on_output(Output(kv_connector_worker_meta=Said(meta.computed)))
     assert not offered(side)
     assert side.take_meta({}).disarm == [meta.arm[0][0]]
 
@@ -254,3 +266,57 @@ def test_who_reads_ahead_computes_nothing_itself(side: SchedulerSide) -> None:
     assert side.matched_tokens(request, 0) == (None, False)
     side.finished(request, ([1, 2, 3],), hold=False)
     assert not side.take_meta({}).dismiss
+
+
+def near(side: Side, prompt: int = 41) -> Asked:
+    """A request whose pages are on this host."""
+    handoff = prefill(side, "p", 40, [7, 8, 9])
+    side.take_meta({})
+    side.on_output(Output(kv_connector_worker_meta=Said(near={("e", "0/0")})))
+    return decode(side, handoff, prompt)
+
+
+def test_pages_on_this_host_are_loaded_in_the_step_that_computes_with_them(side: Side) -> None:
+    request = near(side)
+    assert side.matched_tokens(request, 0) == (40, False)
+    side.allocated(request, Blocks([20, 21, 22]), 40)
+    (pull,) = side.take_meta({"d": 1}).pull.values()
+    assert (pull.at_once, pull.local, pull.remote) == (True, [[20, 21, 22]], [[7, 8, 9]])
+
+
+def test_a_request_that_runs_at_once_computes_a_token_at_least(side: Side) -> None:
+    request = near(side, 40)
+    assert side.matched_tokens(request, PAGE) == (40 - 1 - PAGE, False)
+    side.allocated(request, Blocks([20, 21, 22]), 40 - 1 - PAGE)
+    assert side.take_meta({"d": 1}).pull["d"].local == [[21, 22]]
+
+
+def test_a_lease_that_does_not_stand_is_read_as_ever(side: Side) -> None:
+    request = near(side)
+    side.stand = False
+    assert side.matched_tokens(request, 0) == (40, True)
+    side.allocated(request, Blocks([20, 21, 22]), 40)
+    assert not side.take_meta({}).pull["d"].at_once
+
+
+def test_nobody_uses_pages_that_are_not_certain_yet(side: Side) -> None:
+    request = near(side)
+    side.matched_tokens(request, 0)
+    side.allocated(request, Blocks([20, 21, 22]), 40)
+    other = Asked("other", 50)
+    assert side.matched_tokens(other, 0) == (0, False)
+    assert side.matched_tokens(other, PAGE) == (None, False)
+    side.on_output(Output(kv_connector_worker_meta=Said(loaded={"d": True})))
+    assert side.matched_tokens(other, PAGE) == (0, False)
+    assert side.evicted == set()
+
+
+def test_what_was_computed_with_pages_that_were_not_good_is_told_and_they_leave_the_cache(side: Side) -> None:
+    request = near(side)
+    side.matched_tokens(request, 0)
+    side.allocated(request, Blocks([20, 21, 22]), 40)
+    side.on_output(Output(kv_connector_worker_meta=Said(loaded={"d": False})))
+    assert side.evicted == {20, 21, 22}
+    stats = side.take_stats()
+    assert stats is not None
+    assert stats.data["spoilt"] == ["d"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from llmserve.kvstore.transfer.ladder import Rung
 from llmserve.kvstore.transfer.orders import Attempt, Ends, Fetch, Fetched
 from llmserve.kvstore.transfer.pages import Strip
 from llmserve.workers.connector.leases import LeaseTable
-from llmserve.workers.connector.meta import Pull, StepMeta
+from llmserve.workers.connector.meta import Pull, Said, StepMeta
 from llmserve.workers.connector.wire import Handoff, RankPages, encode
 from llmserve.workers.connector.worker import WorkerSide
 
@@ -33,6 +33,21 @@ class MemoryMover:
     sent: list[bytes] = field(default_factory=list)
     fetches: list[Fetch] = field(default_factory=list)
     ended: list[Fetched] = field(default_factory=list)
+    loads: list[Fetch] = field(default_factory=list)
+    loadable: bool = True
+    rung: Rung = PULL
+
+    def load(self, fetch: Fetch) -> bool:
+        if self.loadable:
+            self.loads.append(fetch)
+        return self.loadable
+
+    def finish_loads(self) -> list[Fetched]:
+        before, self.ended = self.ended, []
+        while self.loads:
+            self.end(self.loads.pop())
+        loaded, self.ended = self.ended, before
+        return loaded
 
     def fetch(self, fetch: Fetch) -> None:
         self.fetches.append(fetch)
@@ -47,7 +62,7 @@ class MemoryMover:
         assert fetch.fence is not None
         for run in [*fetch.runs, fetch.fence]:
             ctypes.memmove(run.local, run.remote, run.size_bytes)
-        self.ended.append(Fetched(fetch.id, "", [Attempt(PUSH, 0, 0.1, "peer"), Attempt(PULL, size_bytes, 0.1)]))
+        self.ended.append(Fetched(fetch.id, "", [Attempt(PUSH, 0, 0.1, "peer"), Attempt(self.rung, size_bytes, 0.1)]))
 
     def notify(self, ends: Ends, message: bytes) -> None:
         self.sent.append(message)
@@ -219,3 +234,41 @@ def test_a_slot_cleared_and_armed_again_in_one_step_is_armed(bench: Bench) -> No
     bench.side.begin(StepMeta(arm=[(3, 55)]))
     bench.side.begin(StepMeta(disarm=[3], arm=[(3, 56)]))
     assert bench.table.value(3) == 56
+
+
+def load(bench: Bench, *, refusal: str = "") -> Said | None:
+    pull = replace(bench.pull({5: 2}), at_once=True, refusal=refusal)
+    bench.side.begin(StepMeta(pull={"mine": pull}))
+    results = bench.side.advance()
+    assert (results.received, results.failed) == (set(), set()), "vLLM does not wait for it"
+    return bench.side.take_said({})
+
+
+def test_pages_loaded_at_once_are_checked_with_the_output_of_the_step(bench: Bench) -> None:
+    bench.there_table.arm(1, 9)
+    assert load(bench) == Said(loaded={"mine": True})
+    assert list(bench.here[:, 0]) == [0, 0, 0, 0, 0, 3, 0, 0]
+    assert bench.mover.sent == [b"done:their"]
+    assert bench.side.take_said({}) is None
+
+
+def test_a_load_whose_lease_was_over_meanwhile_is_not_good(bench: Bench) -> None:
+    assert load(bench) == Said(loaded={"mine": False})
+    assert bench.failures() == ["peer", "stale"]
+    assert bench.mover.sent == []
+
+
+@pytest.mark.parametrize(("loadable", "refusal"), [(False, ""), (True, "why")])
+def test_a_load_that_cannot_begin_is_not_good(bench: Bench, loadable: bool, refusal: str) -> None:
+    bench.mover.loadable = loadable
+    for _ in range(1100):
+        assert load(bench, refusal=refusal) == Said(loaded={"mine": False})
+    assert set(bench.failures()) == {"other"}
+
+
+def test_a_producer_whose_pages_came_within_the_host_is_near(bench: Bench) -> None:
+    bench.there_table.arm(1, 9)
+    bench.mover.rung = Rung("same_host", "pull")
+    bench.side.begin(StepMeta(pull={"mine": bench.pull({5: 2})}))
+    bench.side.advance()
+    assert bench.side.take_said({}) == Said(near={("p1", "0/0")})
