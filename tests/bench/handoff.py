@@ -1,9 +1,10 @@
 """A prompt's pages from one vLLM engine to another on one GPU, by our connector and by vLLM's own.
 
 Two processes with a model of Llama-3.1-8B's shape and made-up weights share the GPU. The decode engine steps all the
-time, as a busy one does. Kind ``llmserve`` moves the pages at the end by the same-host engine, ``nixl`` does so by
-NIXL alone, ``chunks`` and ``ahead`` after and during a prefill in chunks of 2,048 tokens. Writes
-``build/bench/handoff.json``. ``--tiny`` is for a try on any GPU.
+time, as a busy one does. Kind ``llmserve`` loads the pages in the step that computes with them, ``polled`` moves them
+before that and looks for the end from step to step, both by the same-host engine; ``nixl`` does the latter by NIXL
+alone, ``chunks`` and ``ahead`` after and during a prefill in chunks of 2,048 tokens. Writes
+``build/bench/handoff.json``.
 """
 
 from __future__ import annotations
@@ -14,37 +15,19 @@ import logging
 import multiprocessing as mp
 import os
 import statistics
-import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from llmserve.workers.connector.wire import decode_handoff
+from tests.bench.gpu_model import BenchModel, add_options, chosen
 
 NEW_TOKENS = 16
 REPEATS = 4
 """The first one connects and is not counted."""
-LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "tie_word_embeddings": False,
-}
+KINDS = ["llmserve", "polled", "nixl", "chunks", "ahead", "nixl_connector"]
 CHUNKED, CHUNK = ("chunks", "ahead"), 2048
-TINY = LLAMA | {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
 
 
 def transfer_config(kind: str, *, producer: bool) -> dict[str, Any]:
@@ -83,7 +66,7 @@ def params_of(kind: str) -> dict[str, Any]:
 class Engine:
     """One vLLM engine, stepped by hand."""
 
-    def __init__(self, kind: str, model: str, lengths: list[int], *, producer: bool) -> None:
+    def __init__(self, kind: str, model: BenchModel, lengths: list[int], *, producer: bool) -> None:
         os.environ.update(
             VLLM_ENABLE_V1_MULTIPROCESSING="0",
             VLLM_NIXL_SIDE_CHANNEL_HOST="127.0.0.1",
@@ -93,11 +76,12 @@ class Engine:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        from llmserve.workers.connector import connector
+
+        if kind == "polled":
+            connector._AT_ONCE_BYTES.clear()
         arguments = EngineArgs(
-            model=model,
-            skip_tokenizer_init=True,
-            load_format="dummy",
-            dtype="bfloat16",
+            **model.arguments(),
             max_model_len=max(lengths) + 64,
             max_num_seqs=8,
             max_num_batched_tokens=CHUNK if kind in CHUNKED else 8192,
@@ -158,7 +142,7 @@ class Engine:
             pipe.send(self.run(*order))
 
 
-def child(kind: str, model: str, lengths: list[int], producer: bool, pipe: Connection) -> None:
+def child(kind: str, model: BenchModel, lengths: list[int], producer: bool, pipe: Connection) -> None:
     logging.basicConfig(level=logging.INFO)
     try:
         Engine(kind, model, lengths, producer=producer).serve(pipe)
@@ -186,12 +170,7 @@ def prefilled(prefill: Connection, decode: Connection, name: str, prompt: list[i
     return answer
 
 
-def prompt_of(tokens: int, vocabulary: int, number: int) -> list[int]:
-    """Another one for each ``number``: the engines may keep pages."""
-    return [2 + (7919 * i * i + 104729 * i + 31 * number) % (vocabulary - 2) for i in range(tokens)]
-
-
-def handoffs(kind: str, model: str, config: dict[str, Any], lengths: list[int]) -> dict[str, float]:
+def handoffs(kind: str, model: BenchModel, lengths: list[int]) -> dict[str, float]:
     context = mp.get_context("spawn")
     figures: dict[str, float] = {}
     ends = [context.Pipe() for _ in range(2)]
@@ -210,7 +189,7 @@ def handoffs(kind: str, model: str, config: dict[str, Any], lengths: list[int]) 
             started_s: list[float] = []
             steps_s: list[float] = []
             for repeat in range(REPEATS):
-                prompt = prompt_of(tokens, config["vocab_size"], repeat)
+                prompt = model.prompt(tokens, repeat)
                 first = prefilled(prefill, decode, f"p{tokens}-{repeat}", prompt, params_of(kind))
                 assert first["params"], "the prefill engine hands nothing over"
                 # vLLM's own computes the last token of the prompt again and samples the first one anew.
@@ -255,20 +234,18 @@ def handoffs(kind: str, model: str, config: dict[str, Any], lengths: list[int]) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--kinds", nargs="+", default=["llmserve", "nixl", "chunks", "ahead", "nixl_connector"])
+    add_options(parser)
+    parser.add_argument("--kinds", nargs="+", default=KINDS)
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 8192, 32768])
     parser.add_argument("--out", default="build/bench/handoff.json")
     options = parser.parse_args()
-    config = TINY if options.tiny else LLAMA
     figures: dict[str, float] = {}
     path = Path(options.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config))
+    with chosen(options) as model:
         for kind in options.kinds:
             try:
-                figures |= handoffs(kind, folder, config, options.lengths)
+                figures |= handoffs(kind, model, options.lengths)
             except (AssertionError, EOFError, OSError) as error:
                 print(f"{kind}: {error}", flush=True)
             path.write_text(json.dumps(figures, indent=2) + "\n")

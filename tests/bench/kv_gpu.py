@@ -1,7 +1,8 @@
 """The tiers below a CUDA engine: DRAM, and a folder after the engine was restarted, beside computing again.
 
 A model of Llama-3.1-8B's shape; its weights are made up, but large enough for each token to depend on all before it.
-Writes ``build/bench/kv_gpu.json``. ``--tiny`` is for a try on any device.
+Whether tokens are those of computing again can be told with a real model only (``--model``): made-up weights make all
+tokens about as likely. Writes ``build/bench/kv_gpu.json``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tests.bench.handoff import LLAMA, TINY
+from tests.bench.gpu_model import BenchModel, add_options, chosen
 
 NEW_TOKENS = 8
 PROMPTS = 3
@@ -47,17 +48,14 @@ def transfer_config(folder: str, disk: str, dram_gb: float) -> dict[str, Any]:
 class Engine:
     """One vLLM engine, stepped by hand."""
 
-    def __init__(self, model: str, longest: int, transfer: dict[str, Any], kv_gb: float) -> None:
+    def __init__(self, model: BenchModel, longest: int, transfer: dict[str, Any], kv_gb: float) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm.config import KVTransferConfig
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
         arguments = EngineArgs(
-            model=model,
-            skip_tokenizer_init=True,
-            load_format="dummy",
-            dtype="bfloat16",
+            **model.arguments(),
             max_model_len=longest + 64,
             max_num_seqs=4,
             max_num_batched_tokens=8192,
@@ -70,7 +68,8 @@ class Engine:
             kv_transfer_config=KVTransferConfig(**transfer),
         )
         self.engine = LLMEngine.from_engine_args(arguments)
-        self.engine.apply_model(weigh)
+        if not model.real:
+            self.engine.apply_model(weigh)
 
     def run(self, name: str, prompt: list[int], tokens: int) -> dict[str, Any]:
         from vllm import SamplingParams
@@ -157,11 +156,8 @@ class Child:
         return answer
 
 
-def prompts_of(length: int, first: int, vocabulary: int) -> list[list[int]]:
-    return [
-        [2 + (7919 * i * i + 104729 * i + 31 * seed * (i + 1)) % (vocabulary - 2) for i in range(length)]
-        for seed in range(first, first + PROMPTS)
-    ]
+def prompts_of(model: BenchModel, length: int, first: int) -> list[list[int]]:
+    return [model.prompt(length, number) for number in range(first, first + PROMPTS)]
 
 
 def written(folder: Path) -> tuple[int, int]:
@@ -180,14 +176,14 @@ def leading(one: list[int], other: list[int]) -> int:
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
 
 
-def measure(disk: str, model: str, config: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
+def measure(disk: str, model: BenchModel, options: argparse.Namespace) -> dict[str, float]:
     figures: dict[str, float] = {}
     folder = Path(options.folder) / disk
     folder.mkdir(parents=True)
-    lengths, vocabulary = options.lengths, config["vocab_size"]
-    known = {length: prompts_of(length, 1, vocabulary) for length in lengths}
-    new = {length: prompts_of(length, 100, vocabulary) for length in lengths}
-    warm = prompts_of(lengths[0], 200, vocabulary)[0]
+    lengths, config = options.lengths, model.config
+    known = {length: prompts_of(model, length, 1) for length in lengths}
+    new = {length: prompts_of(model, length, 20) for length in lengths}
+    warm = model.prompt(lengths[0], 40)
     computed: dict[int, list[dict[str, Any]]] = {}
     loaded: dict[str, dict[int, list[dict[str, Any]]]] = {"dram": {}, "disk": {}}
 
@@ -209,7 +205,9 @@ def measure(disk: str, model: str, config: dict[str, Any], options: argparse.Nam
         for length in lengths:
             loaded["disk"][length] = [second.ask(prompt) for prompt in known[length]]
             computed[length] += [second.ask(prompt) for prompt in new[length]]
-    page_bytes = 2 * 2 * config["num_key_value_heads"] * config["head_dim"] * config["num_hidden_layers"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    page_bytes = 2 * config["num_key_value_heads"] * head_dim * config["num_hidden_layers"]
+    page_bytes *= 4 if model.dtype == "float32" else 2
     kept_tokens = sum(one["cached"] for one in loaded["disk"][lengths[-1]]) / PROMPTS
     figures |= {f"{disk}_pages": float(pages), f"{disk}_stored_bytes": float(stored)}
     print(f"{disk}: {page_bytes} bytes a token; {kept_tokens:g} tokens of {lengths[-1]} came from the folder")
@@ -234,7 +232,7 @@ def measure(disk: str, model: str, config: dict[str, Any], options: argparse.Nam
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true")
+    add_options(parser)
     parser.add_argument("--disks", nargs="+", default=["raw", "int8"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 16384])
     parser.add_argument("--dram-gb", type=float, default=12.0)
@@ -242,16 +240,14 @@ def main() -> None:
     parser.add_argument("--folder", help="for the pages; a temporary one by default")
     parser.add_argument("--out", default="build/bench/kv_gpu.json")
     options = parser.parse_args()
-    config = TINY if options.tiny else LLAMA
     figures: dict[str, float] = {}
     path = Path(options.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / "config.json").write_text(json.dumps(config))
+    with tempfile.TemporaryDirectory() as scratch, chosen(options) as model:
         options.folder = options.folder or f"{scratch}/pages"
         for disk in options.disks:
             try:
-                figures |= measure(disk, scratch, config, options)
+                figures |= measure(disk, model, options)
             except (AssertionError, EOFError, OSError) as error:
                 print(f"{disk}: {error}", flush=True)
             path.write_text(json.dumps(figures, indent=2) + "\n")

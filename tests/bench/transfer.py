@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ class Shape:
 
 CPU = Shape(layers=30, page_bytes=98304, pages=128, page_tokens=128, tokens=(1024, 8192), repeats=7)
 GPU = Shape(layers=32, page_bytes=65536, pages=4096, page_tokens=16, tokens=(1024, 8192, 32768), repeats=7)
+JOINED = replace(GPU, layers=1, page_bytes=GPU.layers * GPU.page_bytes)
+"""A page is one run of bytes over all layers, as the connector asks for on GPUs."""
 
 
 class Cache:
@@ -237,14 +239,17 @@ def timed(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--joined", action="store_true", help="with --gpu: a page is one run over all layers")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", default="build/bench/transfer.json")
     options = parser.parse_args()
-    shape = GPU if options.gpu else CPU
+    shape = (JOINED if options.joined else GPU) if options.gpu else CPU
+    shape = replace(shape, tokens=tuple(options.tokens or shape.tokens))
     if options.serve:
         serve(shape, gpu=options.gpu)
         return
-    command = [sys.executable, "-m", "tests.bench.transfer", "--serve", *(["--gpu"] if options.gpu else [])]
+    command = [sys.executable, "-m", "tests.bench.transfer", "--serve", *sys.argv[1:]]
     other = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE)
     figures: dict[str, float] = {}
     try:
