@@ -32,6 +32,7 @@ from llmserve.kvstore.transfer.base import (
 )
 from llmserve.kvstore.transfer.cma import CrossMemory
 from llmserve.kvstore.transfer.host_copy import CopyThread, HostCopy
+from llmserve.kvstore.transfer.host_description import HostDescription
 from llmserve.kvstore.transfer.processes import Process, host_identity, started
 from llmserve.kvstore.transfer.runs import as_array, check_inside, chunks, local_pieces, remote_pieces, table_of
 
@@ -60,26 +61,9 @@ def available() -> str | None:
     return None
 
 
-class _Description(msgspec.Struct, frozen=True, array_like=True):
-    host: str
-    pid: int
-    started: str
-    """See ``processes.started``."""
-    socket: bytes
-    """Abstract address of the datagram socket."""
-    key: bytes
-    secret: bytes
-    """What lies at ``probe``: reading it proves that this end may read the peer."""
-    probe: int
-    regions: list[tuple[int, int, int]]
-    """Address, size, GPU (-1: none)."""
-    ipc: bytes
-    """Encoded handles of the regions on GPUs; empty without."""
-
-
 @dataclass(slots=True)
 class _Peer:
-    said: _Description
+    said: HostDescription
     process: Process
     regions: list[Region]
     ipc: list[IpcRegion]
@@ -128,7 +112,7 @@ class SameHostEngine(TransferEngine):
         self._regions.extend(regions)
 
     def _describe(self) -> bytes:
-        said = _Description(
+        said = HostDescription(
             host=host_identity(),
             pid=os.getpid(),
             started=started(os.getpid()),
@@ -144,13 +128,13 @@ class SameHostEngine(TransferEngine):
     def may_reach(self, description: bytes) -> bool:
         try:
             payload = msgspec.msgpack.decode(description, type=Description).payload
-            return msgspec.msgpack.decode(payload, type=_Description).host == host_identity()
+            return msgspec.msgpack.decode(payload, type=HostDescription).host == host_identity()
         except msgspec.MsgspecError:
             return False
 
     def _connect(self, payload: bytes) -> str:
         try:
-            said = msgspec.msgpack.decode(payload, type=_Description)
+            said = msgspec.msgpack.decode(payload, type=HostDescription)
         except msgspec.MsgspecError as error:
             raise TransferError(f"not a description: {error}") from error
         if said.host != host_identity():
@@ -168,7 +152,7 @@ class SameHostEngine(TransferEngine):
         self._peers[name] = _Peer(said, process, regions, ipc)
         return name
 
-    def _prove(self, said: _Description) -> None:
+    def _prove(self, said: HostDescription) -> None:
         """That it is the process that described itself, and that its memory may be read."""
         import numpy
 
@@ -193,6 +177,16 @@ class SameHostEngine(TransferEngine):
 
     def pull(self, peer: str, runs: Sequence[Run], local: Place, remote: Place) -> Handle:
         return self._start(peer, runs, local, remote, write=False)
+
+    def peek(self, peer: str, run: Run) -> None:
+        """Read some bytes of the peer's host memory here and now. Raises ``TransferError``, ``PeerGone``."""
+        known = self._known(peer)
+        here, there = as_array([(run.local, run.size_bytes)]), as_array([(run.remote, run.size_bytes)])
+        check_inside(there, [r for r in known.regions if r.place.gpu is None])
+        try:
+            self._memory.copy(known.said.pid, here, there)
+        except OSError as error:
+            raise PeerGone(f"the memory of process {known.said.pid} cannot be read: {error}") from error
 
     def push(self, peer: str, runs: Sequence[Run], local: Place, remote: Place) -> Handle:
         return self._start(peer, runs, local, remote, write=True)

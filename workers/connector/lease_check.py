@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 
-from llmserve.kvstore.transfer import SAME_HOST, open_engine
-from llmserve.kvstore.transfer.base import EngineOptions, Place, Progress, Region, Run, TransferError
+from llmserve.kvstore.transfer import SAME_HOST
+from llmserve.kvstore.transfer.base import EngineOptions, Run, TransferError
+from llmserve.kvstore.transfer.same_host import SameHostEngine
 from llmserve.workers.connector.leases import SLOT_BYTES, LeaseTable
 from llmserve.workers.connector.wire import Handoff, RankPages, WireError, decode_rank
 
 logger = logging.getLogger("vllm.llmserve.connector")
-
-_HOST = Place()
 
 
 class LeaseCheck:
@@ -19,9 +18,8 @@ class LeaseCheck:
 
     def __init__(self, fingerprint: str) -> None:
         """Raises ``TransferError`` where memory of other processes cannot be read."""
-        self._engine = open_engine(SAME_HOST, EngineOptions(fingerprint=fingerprint))
+        self._engine = SameHostEngine(EngineOptions(fingerprint=fingerprint))
         self._found = LeaseTable(1)
-        self._engine.register([Region(self._found.address, self._found.size_bytes, _HOST)])
         self._peers: dict[tuple[str, str], tuple[str, RankPages]] = {}
         """(engine id, rank) -> its name in the engine, and where its table lies."""
 
@@ -46,10 +44,8 @@ class LeaseCheck:
                 raise WireError(f"rank {rank} has no engine for this host")
             self._peers[key] = self._engine.connect(said), pages
         name, pages = self._peers[key]
-        slot = Run(self._found.address, pages.table + handoff.slot * SLOT_BYTES, SLOT_BYTES)
-        # So small a copy has ended when it returns.
-        handle = self._engine.pull(name, [slot], _HOST, _HOST)
-        return self._found.value(0) if self._engine.poll(handle) is Progress.DONE else 0
+        self._engine.peek(name, Run(self._found.address, pages.table + handoff.slot * SLOT_BYTES, SLOT_BYTES))
+        return self._found.value(0)
 
     def close(self) -> None:
         self._engine.close()
