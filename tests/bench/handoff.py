@@ -16,6 +16,7 @@ import multiprocessing as mp
 import os
 import statistics
 import time
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,26 @@ def params_of(kind: str) -> dict[str, Any]:
     return {"llmserve_hold": True}
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What both engines have in common."""
+
+    kind: str
+    model: BenchModel
+    lengths: list[int]
+    page_tokens: int | None
+    tp: int
+    gpus: list[str]
+    """The prefill engine's and the decode engine's, as ``CUDA_VISIBLE_DEVICES`` names them; none: both see all."""
+
+
 class Engine:
     """One vLLM engine, stepped by hand."""
 
-    def __init__(self, kind: str, model: BenchModel, lengths: list[int], *, producer: bool) -> None:
+    def __init__(self, setup: Setup, *, producer: bool) -> None:
+        kind = setup.kind
+        if setup.gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = setup.gpus[0 if producer else 1]
         os.environ.update(
             VLLM_ENABLE_V1_MULTIPROCESSING="0",
             VLLM_NIXL_SIDE_CHANNEL_HOST="127.0.0.1",
@@ -81,8 +98,10 @@ class Engine:
         if kind == "polled":
             connector._AT_ONCE_BYTES.clear()
         arguments = EngineArgs(
-            **model.arguments(),
-            max_model_len=max(lengths) + 64,
+            **setup.model.arguments(),
+            max_model_len=max(setup.lengths) + 64,
+            block_size=setup.page_tokens,
+            tensor_parallel_size=setup.tp,
             max_num_seqs=8,
             max_num_batched_tokens=CHUNK if kind in CHUNKED else 8192,
             enable_prefix_caching=kind in CHUNKED,
@@ -142,10 +161,10 @@ class Engine:
             pipe.send(self.run(*order))
 
 
-def child(kind: str, model: BenchModel, lengths: list[int], producer: bool, pipe: Connection) -> None:
+def child(setup: Setup, producer: bool, pipe: Connection) -> None:
     logging.basicConfig(level=logging.INFO)
     try:
-        Engine(kind, model, lengths, producer=producer).serve(pipe)
+        Engine(setup, producer=producer).serve(pipe)
     except BaseException as error:
         import traceback
 
@@ -170,12 +189,14 @@ def prefilled(prefill: Connection, decode: Connection, name: str, prompt: list[i
     return answer
 
 
-def handoffs(kind: str, model: BenchModel, lengths: list[int]) -> dict[str, float]:
+def handoffs(setup: Setup) -> dict[str, float]:
+    kind, model, lengths = setup.kind, setup.model, setup.lengths
     context = mp.get_context("spawn")
     figures: dict[str, float] = {}
     ends = [context.Pipe() for _ in range(2)]
     children = [
-        context.Process(target=child, args=(kind, model, lengths, producer, theirs), daemon=True)
+        # Not daemons: those may have no children, and with tensor parallelism each rank is one.
+        context.Process(target=child, args=(setup, producer, theirs))
         for producer, (_, theirs) in zip((True, False), ends, strict=True)
     ]
     prefill, decode = (mine for mine, _ in ends)
@@ -237,6 +258,9 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--kinds", nargs="+", default=KINDS)
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 8192, 32768])
+    parser.add_argument("--page-tokens", type=int, help="vLLM's own choice by default")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--gpus", nargs=2, default=[], help="the prefill and the decode engine's: 0 1, say")
     parser.add_argument("--out", default="build/bench/handoff.json")
     options = parser.parse_args()
     figures: dict[str, float] = {}
@@ -245,7 +269,8 @@ def main() -> None:
     with chosen(options) as model:
         for kind in options.kinds:
             try:
-                figures |= handoffs(kind, model, options.lengths)
+                setup = Setup(kind, model, options.lengths, options.page_tokens, options.tp, options.gpus)
+                figures |= handoffs(setup)
             except (AssertionError, EOFError, OSError) as error:
                 print(f"{kind}: {error}", flush=True)
             path.write_text(json.dumps(figures, indent=2) + "\n")

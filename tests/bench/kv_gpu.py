@@ -58,6 +58,7 @@ class Engine:
             **model.arguments(),
             max_model_len=longest + 64,
             max_num_seqs=4,
+            gpu_memory_utilization=0.4,
             max_num_batched_tokens=8192,
             enable_prefix_caching=False,
             prefix_caching_hash_algo="sha256_cbor",

@@ -239,6 +239,7 @@ def timed(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--peer-gpu", help="the other process's, as CUDA_VISIBLE_DEVICES names it")
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--joined", action="store_true", help="with --gpu: a page is one run over all layers")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -250,7 +251,8 @@ def main() -> None:
         serve(shape, gpu=options.gpu)
         return
     command = [sys.executable, "-m", "tests.bench.transfer", "--serve", *sys.argv[1:]]
-    other = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE)
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": options.peer_gpu} if options.peer_gpu else {})
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, env=environment)
     figures: dict[str, float] = {}
     try:
         assert other.stdout is not None
