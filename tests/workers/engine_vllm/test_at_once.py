@@ -27,7 +27,7 @@ async def near(pair: Pair, prompt: Prompt) -> Pair:
 
 
 async def test_pages_of_a_producer_once_met_come_in_the_step_of_the_first_token(near: Pair, prompt: Prompt) -> None:
-    data = body(prompt(700))
+    data = body(prompt(130))
     reference = await near.whole(data)
     first = await near.prefill.run(Stage.PREFILL, data)
     rest = await near.decoded(data, first)
@@ -64,7 +64,7 @@ async def test_no_token_leaves_the_engine_that_was_computed_with_pages_whose_lea
     near: Pair, prompt: Prompt, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in range(40):
-        data = body(prompt(1000, f"Story {number}."), max_tokens=4)
+        data = body(prompt(300, f"Story {number}."), max_tokens=3)
         reference = await near.whole(data)
         first = await near.prefill.run(Stage.PREFILL, data)
         with flickering(decode_handoff(first.last.handoff)):
@@ -77,7 +77,7 @@ async def test_no_token_leaves_the_engine_that_was_computed_with_pages_whose_lea
         again = body(prompt(40))
         await near.decoded(again, await near.prefill.run(Stage.PREFILL, again))
     assert "computed again: the pages of its handoff were not valid" in caplog.text
-    assert rest.first.computed_tokens == 1000
+    assert rest.first.computed_tokens == 300
     await free(near.prefill, near.decode)
 
 
