@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -133,6 +134,10 @@ class Bus(ABC):
     @abstractmethod
     def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
         """Run ``callback`` after every reconnect."""
+
+    def defer(self, work: Callable[[], None]) -> None:
+        """Call ``work`` soon: from a handler, once the messages that were received together have been handled."""
+        asyncio.get_running_loop().call_soon(work)
 
     @abstractmethod
     async def round_trip_s(self) -> float:

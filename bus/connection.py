@@ -125,6 +125,10 @@ class Connection:
         except (nats.errors.Error, OSError, BusUnavailable) as error:
             self._lost(error)
 
+    def defer(self, work: Callable[[], None]) -> None:
+        """See ``Bus.defer``."""
+        (self._client.defer if self._client is not None else asyncio.get_running_loop().call_soon)(work)
+
     async def round_trip_s(self, timeout_s: float = 2.0) -> float:
         """Send a message to ourselves.
 

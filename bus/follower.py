@@ -12,7 +12,7 @@ import msgspec
 from llmserve.bus.base import BusError, Follower
 from llmserve.bus.client import RawSubscription
 from llmserve.bus.connection import Connection
-from llmserve.bus.inbox import Reply, status
+from llmserve.bus.inbox import Reply
 from llmserve.bus.jetstream import Answer, ApiError, JetStream, StoredMessage
 from llmserve.bus.outbox import Outgoing
 
@@ -175,7 +175,7 @@ class StreamFollower(Follower):
         if generation != self._generation:
             return
         self._heard_s = time.monotonic()
-        if status(message) == "100":
+        if message.status == "100":
             self._control(message)
             return
         place = parse_place(message.reply)

@@ -22,11 +22,9 @@ class Reply(Protocol):
     def data(self) -> bytes: ...
     @property
     def headers(self) -> dict[str, str] | None: ...
-
-
-def status(message: Reply) -> str:
-    """The status code in the headers, such as ``503``; empty if there is none."""
-    return (message.headers or {}).get("Status", "")
+    @property
+    def status(self) -> str:
+        """The status code in the headers, such as ``503``; empty if there is none."""
 
 
 class Disconnected(Exception):
@@ -98,7 +96,7 @@ class Inbox:
             future.set_result(message)
             return
         probe = self._probes.pop(token, None)
-        if probe is not None and status(message) == NO_RESPONDERS:
+        if probe is not None and message.status == NO_RESPONDERS:
             probe.callback()
 
     def disconnected(self) -> None:

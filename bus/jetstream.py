@@ -11,7 +11,7 @@ import msgspec
 
 from llmserve.bus.base import BusError, BusUnavailable
 from llmserve.bus.connection import Connection
-from llmserve.bus.inbox import NO_RESPONDERS, Disconnected, Reply, status
+from llmserve.bus.inbox import NO_RESPONDERS, Disconnected, Reply
 
 Config: TypeAlias = dict[str, object]
 """A stream's or consumer's configuration as the API spells it."""
@@ -174,7 +174,7 @@ class JetStream:
     async def _direct_get(self, stream: str, body: bytes) -> StoredMessage | None:
         reply = await self._persist(f"read {stream}", f"$JS.API.DIRECT.GET.{stream}", body)
         headers = reply.headers or {}
-        code = status(reply)
+        code = reply.status
         if code == "404":
             return None
         if code:
@@ -214,7 +214,7 @@ class JetStream:
 
 def _passing_problem(reply: Reply) -> str | None:
     """What keeps the server from serving for now, None if the reply is an answer."""
-    code = status(reply)
+    code = reply.status
     if code == NO_RESPONDERS:
         return "JetStream is not ready"
     if code or reply.data[:1] != b"{" or b'"error"' not in reply.data[:256]:

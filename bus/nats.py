@@ -192,6 +192,9 @@ class NatsBus(Bus):
     def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
         self._connection.on_reconnect(callback)
 
+    def defer(self, work: Callable[[], None]) -> None:
+        self._connection.defer(work)
+
     async def round_trip_s(self) -> float:
         return await self._connection.round_trip_s()
 

@@ -1,14 +1,15 @@
 """nats-py's client with a straight way in and out.
 
 The library hands a received message through a queue to a task of its subscription, and a published one through a
-queue to a flusher's task: four turns of the event loop for a message that is passed on. Here a handler is called
-from where the message is parsed, and a publish is with the transport when it returns (uvloop writes all of a turn in
-one call).
+queue to a flusher's task: five turns of the event loop for a message that is passed on. Here a handler is called
+from where the socket is read, and a publish is with the transport when it returns (uvloop writes all of a turn in
+one call): a message that is passed on takes no turn.
 Connecting, TLS, authorization, pings and reconnecting are the library's as before.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Callable
@@ -51,6 +52,11 @@ class Arrived:
         """With the status line's code under ``Status`` and its text under ``Description``."""
         return parse_head(self._head) if self._head else None
 
+    @property
+    def status(self) -> str:
+        """The status line's code; empty if it has none. Most messages have headers for others to read."""
+        return self._head[9:12].decode() if self._head[8:9] == b" " else ""
+
 
 Deliver = Callable[[Arrived], None]
 
@@ -78,6 +84,10 @@ class DirectParser(Parser):  # type: ignore[misc]
         self._handlers = client.handlers
         self._parts: list[bytes] = []
         self._resets = 0
+        self._delivering = False
+        self._deferred: list[Callable[[], None]] = []
+        self.busy = False
+        """Whether ``parse`` waits in the middle of what it was given."""
         super().__init__(client)
 
     def reset(self) -> None:
@@ -89,32 +99,60 @@ class DirectParser(Parser):  # type: ignore[misc]
         self._resets += 1
 
     async def parse(self, data: bytes = b"") -> None:
-        """Take in what was received. Raises ``ProtocolError``."""
+        """Take in what was received, the server's commands too. Raises ``ProtocolError``."""
+        self.busy = True
+        try:
+            rest = self.deliver(data)
+            while rest:
+                resets, stop = self._resets, rest.find(b"\r\n")
+                await self._control(rest[:stop])
+                if self._resets != resets:  # what is left is of a connection that is no more
+                    return
+                rest = self.deliver(rest[stop + 2 :])
+        finally:
+            self.busy = False
+
+    def deliver(self, data: bytes) -> bytes:
+        """Take in messages; returns what follows from the first command on. Raises ``ProtocolError``."""
         if self._parts:
             self._parts.append(data)
             self._missing -= len(data)
             if self._missing > 0:
-                return
+                return b""
             data = b"".join(self._parts)
             self._parts.clear()
-        resets, at, end = self._resets, 0, len(data)
+        self._delivering = True
+        try:
+            return self._deliver(data)
+        finally:
+            self._delivering = False
+            deferred, self._deferred = self._deferred, []
+            for work in deferred:
+                work()
+
+    def defer(self, work: Callable[[], None]) -> None:
+        """Have ``work`` done after all messages that were received together, or next if none is being delivered."""
+        if self._delivering:
+            self._deferred.append(work)
+        else:
+            asyncio.get_running_loop().call_soon(work)
+
+    def _deliver(self, data: bytes) -> bytes:
+        at, end = 0, len(data)
         while at < end:
             stop = data.find(b"\r\n", at)
             if stop < 0:
                 self._keep(data[at:], 1)
-                return
+                return b""
             kind = data[at]
-            if kind == 0x4D or kind == 0x48:  # MSG, HMSG
-                after = self._message(data, at, stop)
-                if after > end:
-                    self._keep(data[at:], after - end)
-                    return
-                at = after
-            else:
-                await self._control(data[at:stop])
-                if self._resets != resets:  # what is left is of a connection that is no more
-                    return
-                at = stop + 2
+            if kind != 0x4D and kind != 0x48:  # neither MSG nor HMSG
+                return data[at:]
+            after = self._message(data, at, stop)
+            if after > end:
+                self._keep(data[at:], after - end)
+                return b""
+            at = after
+        return b""
 
     def _keep(self, rest: bytes, missing: int) -> None:
         if missing == 1 and len(rest) > _CONTROL_LINE_MAX_BYTES and b"\r\n" not in rest:
@@ -181,6 +219,32 @@ class DirectClient(Client):  # type: ignore[misc]
         """End it. Raises ``nats.errors.Error`` if the connection is gone, and the subscription with it."""
         self.handlers.pop(b"%d" % subscription._id, None)
         await subscription.unsubscribe()
+
+    def defer(self, work: Callable[[], None]) -> None:
+        """See ``DirectParser.defer``."""
+        self._ps.defer(work)
+
+    async def _read_loop(self) -> None:
+        """The library's, which is left with the server's commands."""
+        transport, parser = self._transport, self._ps
+        reader = transport._io_reader
+        buffer = reader.feed_data
+
+        def feed(data: bytes) -> None:
+            if reader._buffer or parser.busy:  # behind a command that has not been obeyed yet
+                buffer(data)
+                return
+            if self._transport is not transport or self.is_closed or self.is_reconnecting:
+                return
+            try:
+                rest = parser.deliver(data)
+            except ProtocolError:
+                rest = b"\r\n"  # which is no command either, and the library's loop acts on that
+            if rest:
+                buffer(rest)
+
+        reader.feed_data = feed
+        await super()._read_loop()
 
     def send(self, subject: str, data: bytes, reply: str = "", headers: dict[str, str] | None = None) -> None:
         """Write a publish behind all that was said before. Raises ``nats.errors.Error`` or ``OSError``."""

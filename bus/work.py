@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from llmserve.bus.base import BusError
 from llmserve.bus.client import RawSubscription
 from llmserve.bus.connection import Connection
-from llmserve.bus.inbox import Disconnected, Reply, status
+from llmserve.bus.inbox import Disconnected, Reply
 from llmserve.bus.jetstream import Config, JetStream
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class WorkTaker:
         self._wake.set()
 
     def _receive(self, message: Reply) -> None:
-        code = status(message)
+        code = message.status
         if code == "100":
             return
         if code:

@@ -62,8 +62,8 @@ class Watch:
             idle_s = now - call.progress_s
             if idle_s > self._deadline_s:
                 self._act(call, call.attempts.expired(self._deadline_s), now)
-            elif call.missing_since_s is not None:
-                if now - call.missing_since_s >= _SWEEP_S / 2 and call.progress_s < call.missing_since_s:
+            elif call.missing_since_s is not None and call.progress_s < call.missing_since_s:
+                if now - call.missing_since_s >= _SWEEP_S / 2:
                     cause = "it is off the stream and its last tokens never came"
                     self._act(call, call.attempts.lost(call.attempts.attempt, cause), now)
             elif call.attempts.seq is not None and probes and self._is_probe_due(call, idle_s, now):

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from prometheus_client import CollectorRegistry
 
 from llmserve.bus.base import BusError
+from llmserve.bus.collector import rest_collector
 from llmserve.bus.endpoint import BusEndpoint, bus_endpoint
 from llmserve.bus.messages import Role
 from llmserve.bus.subjects import is_token
@@ -207,6 +208,7 @@ class _Part:
 
         settings = RouterSettings.from_manifest(self.manifest)
         service = RouterService(self.bus, settings, self.registry, self.options.name)
+        rest_collector(50_000)  # it keeps much for long: whoever waits, and all tenants
         running = asyncio.create_task(service.run())
         self._say("routes, or stands by while another router leads")
         if not await _unless(signals.first, running, cancel=False):

@@ -94,10 +94,10 @@ class Carrier:
             self._spawn(self._check_stored(action.seq))
 
     def _send_grant(self, action: SendGrant) -> None:
-        self._metrics.granted(action)
         worker, seq = action.worker, action.grant.seq
         nobody = NoResponders(worker, seq)
         self._bus.publish(self._bus.subjects.work(worker), action.grant, no_responders=lambda: self._handle(nobody))
+        self._metrics.granted(action)
 
     def _ping(self, subject: str, ping: Ping, absent: Absent) -> None:
         try:

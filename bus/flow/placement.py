@@ -18,6 +18,7 @@ WORK_WEIGHT = 1.25
 """Of a token to compute against one to wait for: what one request computes, all others on the worker wait for."""
 DRAIN_STEPS_S = 2.0
 """Steps of prompts that a worker is believed to compute a second until it has measured it."""
+_NOTHING = (0.0, 0.0)
 
 
 class Placement(ABC):
@@ -63,10 +64,12 @@ class ByLocality(Placement):
     def cost(self, entry: Entry, worker: WorkerState) -> float:
         if worker.stage is Stage.DECODE:
             return worker.load()
-        tokens = WORK_WEIGHT * self._reuse(entry, worker).work_tokens
+        step_tokens = _step_tokens(worker)
+        prefix = entry.prefix  # many a prompt names no blocks
+        tokens = WORK_WEIGHT * (entry.prompt_tokens if prefix is None else self._reuse(entry, worker).work_tokens)
         if worker.stage is Stage.PREFILL:
-            return (worker.outstanding_tokens + tokens) / _step_tokens(worker)
-        return worker.load() + (self._backlog(worker) + tokens) / _step_tokens(worker)
+            return (worker.outstanding_tokens + tokens) / step_tokens
+        return worker.load() + (self._backlog(worker, step_tokens) + tokens) / step_tokens
 
     def granted(self, entry: Entry, worker: WorkerState) -> None:
         if worker.stage is Stage.DECODE:
@@ -78,7 +81,10 @@ class ByLocality(Placement):
         entry.loaded_bytes = loaded_tokens // max(1, worker.beat.page_tokens) * worker.beat.page_bytes
         self._locality.granted(reuse, entry.prompt_tokens)
         if worker.stage is Stage.WHOLE:
-            self._backlogs[worker.member] = (self._backlog(worker) + reuse.work_tokens, self._now_s)
+            self._backlogs[worker.member] = (
+                self._backlog(worker, _step_tokens(worker)) + reuse.work_tokens,
+                self._now_s,
+            )
 
     def forget(self, member: str) -> None:
         """The worker is gone."""
@@ -87,9 +93,11 @@ class ByLocality(Placement):
     def _reuse(self, entry: Entry, worker: WorkerState) -> Reuse:
         return self._locality.reuse(entry.prefix, entry.prompt_tokens, worker)
 
-    def _backlog(self, worker: WorkerState) -> float:
-        tokens, at_s = self._backlogs.get(worker.member, (0.0, self._now_s))
-        pace = worker.beat.prefill_tokens_s or DRAIN_STEPS_S * _step_tokens(worker)
+    def _backlog(self, worker: WorkerState, step_tokens: float) -> float:
+        tokens, at_s = self._backlogs.get(worker.member, _NOTHING)
+        if not tokens:
+            return 0.0
+        pace = worker.beat.prefill_tokens_s or DRAIN_STEPS_S * step_tokens
         return max(0.0, tokens - (self._now_s - at_s) * pace)
 
 

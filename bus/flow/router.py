@@ -216,7 +216,7 @@ class Router:
     def _schedule_pump(self) -> None:
         if self._granting and not self._pump_due:
             self._pump_due = True
-            asyncio.get_running_loop().call_soon(self._pump)
+            self._bus.defer(self._pump)
 
     def _pump(self) -> None:
         self._pump_due = False

@@ -16,7 +16,7 @@ from llmserve.bus.follower import Place, parse_place
 from llmserve.bus.inbox import Disconnected, Inbox
 from llmserve.bus.outbox import Outbox, Outgoing
 from llmserve.bus.settings import BusCounters
-from llmserve.bus.wire import DirectClient
+from llmserve.bus.wire import Arrived, DirectClient
 
 
 @dataclass
@@ -25,6 +25,10 @@ class FakeReply:
     reply: str = ""
     data: bytes = b""
     headers: dict[str, str] | None = field(default=None)
+
+    @property
+    def status(self) -> str:
+        return (self.headers or {}).get("Status", "")
 
 
 @given(st.lists(st.binary(max_size=40), max_size=50), st.integers(1, 300))
@@ -108,11 +112,29 @@ LINES = (
 )
 
 
-@given(st.lists(st.integers(0, len(LINES)), max_size=12))
-async def test_a_message_is_read_whole_however_it_was_cut_on_its_way(cuts: list[int]) -> None:
+class Transport:
+    """What the library reads from."""
+
+    def __init__(self) -> None:
+        self._io_reader = asyncio.StreamReader()
+
+    async def read(self, size: int) -> bytes:
+        return await self._io_reader.read(size)
+
+    def at_eof(self) -> bool:
+        return False
+
+
+@given(st.lists(st.integers(0, len(LINES)), max_size=12), st.booleans())
+async def test_a_message_is_read_whole_and_in_order_however_it_is_cut(cuts: list[int], turns: bool) -> None:
     client = DirectClient()
     heard: list[tuple[str, str, bytes, dict[str, str] | None]] = []
-    client.handlers[b"1"] = lambda m: heard.append((m.subject, m.reply, m.data, m.headers))
+
+    def hear(message: Arrived) -> None:
+        assert message.status == (message.headers or {}).get("Status", "")
+        heard.append((message.subject, message.reply, message.data, message.headers))
+
+    client.handlers[b"1"] = hear
     told: list[str] = []
 
     async def tell(what: str, *_: object) -> None:
@@ -121,9 +143,17 @@ async def test_a_message_is_read_whole_however_it_was_cut_on_its_way(cuts: list[
     client._process_ping = partial(tell, "ping")
     client._process_pong = partial(tell, "pong")
     client._process_err = tell
+    client._transport, client._status = Transport(), client.CONNECTED
+    reading = asyncio.create_task(client._read_loop())
+    await asyncio.sleep(0)
     edges = [0, *sorted(cuts), len(LINES)]
     for begin, end in itertools.pairwise(edges):
-        await client._ps.parse(LINES[begin:end])
+        client._transport._io_reader.feed_data(LINES[begin:end])
+        if turns:
+            await asyncio.sleep(0)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    reading.cancel()
     assert heard == [
         ("s.1", "", b"hello", None),
         ("s.2", "r.1", b"", None),
@@ -131,6 +161,29 @@ async def test_a_message_is_read_whole_however_it_was_cut_on_its_way(cuts: list[
         ("s.5", "", b"a\r\n", {"Status": "100"}),
     ]
     assert told == ["ping", "pong", "'permissions violation for publish'"]
+
+
+async def test_messages_are_heard_as_the_socket_is_read_and_what_they_defer_follows_the_last_of_them() -> None:
+    client = DirectClient()
+    heard: list[bytes] = []
+
+    def hear(message: Arrived) -> None:
+        heard.append(message.data)
+        client.defer(lambda: heard.append(b"after " + message.data))
+
+    client.handlers[b"1"] = hear
+    client._transport, client._status = Transport(), client.CONNECTED
+    reading = asyncio.create_task(client._read_loop())
+    await asyncio.sleep(0)
+    client._transport._io_reader.feed_data(b"MSG s 1 1\r\na\r\nMSG s 1 1\r\nb\r\n")
+    assert heard == [b"a", b"b", b"after a", b"after b"]
+    client._status = client.RECONNECTING
+    client._transport._io_reader.feed_data(b"MSG s 1 4\r\nlate\r\n")
+    assert len(heard) == 4
+    client.defer(lambda: heard.append(b"soon"))
+    await asyncio.sleep(0)
+    assert heard[4:] == [b"soon"]
+    reading.cancel()
 
 
 async def test_what_a_lost_connection_left_unread_is_not_read_into_the_next() -> None:

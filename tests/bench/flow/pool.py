@@ -18,6 +18,7 @@ from functools import partial
 import psutil
 import uvloop
 
+from llmserve.bus.collector import rest_collector
 from llmserve.bus.flow.router import Router
 from llmserve.bus.flow.settings import RouterSettings, TenantSettings
 from llmserve.bus.messages import (
@@ -50,6 +51,7 @@ async def route(url: str, token: str) -> None:
     tenants = {name: TenantSettings(weight=weight) for name, weight in WEIGHTS.items()}
     router = Router(bus, RouterSettings(tenants=tenants), "router", rng=random.Random(1))
     await router.start()
+    rest_collector(50_000)  # as ``llmserve-worker --role router`` does
     await router.run()
 
 

@@ -6,6 +6,7 @@ import random
 import time
 from dataclasses import dataclass
 
+from llmserve.bus.collector import rest_collector
 from llmserve.bus.flow.actions import SendGrant
 from llmserve.bus.flow.core import RouterCore
 from llmserve.bus.flow.settings import RouterSettings
@@ -78,6 +79,7 @@ def once(tenants: int) -> Cost:
 
 def costs() -> tuple[Cost, Cost]:
     """With 10 tenants, and with 5,000: of rounds that take turns the ones that were disturbed least."""
+    rest_collector(50_000)  # as ``llmserve-worker --role router`` does
     pairs = [(once(10), once(5000)) for _ in range(ROUNDS)]
     return max((few for few, _ in pairs), key=lambda cost: cost.rate), max(
         (many for _, many in pairs), key=lambda cost: cost.rate
