@@ -219,6 +219,8 @@ class Engine(Part, frozen=True, kw_only=True):
     kv_space_gb: PositiveFloat | None = None
     """KV space of one engine over all its ranks. Otherwise vLLM measures what is free on GPUs; 1 GB on CPUs."""
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] | None = None
+    stall_s: PositiveFloat = 120.0
+    """An engine that has work and ends no step for so long hangs: its work runs elsewhere, and it is ended."""
     simulated: Simulated | None = None
 
 

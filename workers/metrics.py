@@ -92,6 +92,9 @@ class WorkerMetrics:
         self.restarts = Counter(
             "llmserve_engine_restarts", "Engines started again after they died", _LABELS, registry=registry
         )
+        self.stalls = Counter(
+            "llmserve_engine_stalls", "Engines that hung and were called dead", _LABELS, registry=registry
+        )
 
         tier = (*_LABELS, "tier")
         self.tier_counts = {
@@ -118,6 +121,7 @@ class OneWorker:
         self._decode_tokens = families.decode_tokens.labels(*self._labels)
         self._counts_reuse = role is not Role.DECODE
         self._restarts = families.restarts.labels(*self._labels)
+        self._stalls = families.stalls.labels(*self._labels)
 
     def stepped(self, step: Step, seconds: float | None, tenant_of: Callable[[str], str] = lambda _: "") -> None:
         """``seconds`` since the last output, None if the engine was idle; ``tenant_of`` names a work id's tenant."""
@@ -170,6 +174,9 @@ class OneWorker:
 
     def restarted(self) -> None:
         self._restarts.inc()
+
+    def stalled(self) -> None:
+        self._stalls.inc()
 
     def show(self, state: WorkerState, load: EngineLoad) -> None:
         """Where the worker stands; once a heartbeat is enough."""

@@ -16,6 +16,7 @@ from llmserve.bus.subjects import is_token
 from llmserve.manifests.schema import Manifest
 from llmserve.workers.engine import EngineMode, make_engine
 from llmserve.workers.engine.base import EngineError, EngineInfo
+from llmserve.workers.engine.watched import EngineStalled, WatchedEngine
 from llmserve.workers.metrics import WorkerMetrics
 from llmserve.workers.reports import Identity
 from llmserve.workers.worker import Worker, WorkerDied, WorkerSettings
@@ -77,6 +78,7 @@ class WorkerService:
             host=self._host,
             gpus=self._gpus,
         )
+        engine = WatchedEngine(engine, self._manifest.spec.engine.stall_s)
         identity = Identity(
             member=f"{self._name}-{secrets.token_hex(4)}",
             role=self._role,
@@ -107,6 +109,8 @@ class WorkerService:
                 await self._worker.run()
                 return
             except WorkerDied as error:
+                if isinstance(error.__cause__, EngineStalled):
+                    self._metrics.stalled()
                 await self._worker.stop()
                 if not self._restart:
                     raise

@@ -124,6 +124,9 @@ class EngineLoad:
     pages_free: int = 0
     load_tokens_s: dict[str, float] = field(default_factory=dict)
     """Prompt tokens that it loads a second from a ``Tier``, as measured of late."""
+    steps: int = 0
+    """Steps that have ended since the start, those that yielded nothing included: while it has work, it hangs if they
+    do not grow."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,6 +100,7 @@ class SimulatedEngine(Engine):
         self._outputs: list[EngineOutput] = []
         self._released: list[str] = []
         self._transfers: list[Transfer] = []
+        self._steps_ended = 0
         self._wake = asyncio.Event()
 
     async def start(self) -> EngineInfo:
@@ -145,6 +146,7 @@ class SimulatedEngine(Engine):
                 self._start_load(sequence)
             if batch.items:
                 await self._pass_time(self.settings.timing.step_seconds(batch))
+                self._steps_ended += 1
                 for output in self.scheduler.complete(batch):
                     self._outputs.append(self._with_handoff(output))
             elif not self._has_news():
@@ -159,6 +161,7 @@ class SimulatedEngine(Engine):
             running=len(scheduler.running) + scheduler.loading,
             waiting=len(scheduler.waiting),
             pages_free=scheduler.pages_free,
+            steps=self._steps_ended,
         )
 
     async def close(self) -> None:

@@ -82,6 +82,7 @@ class VllmEngine(Engine):
         self._steps: asyncio.Queue[Step] = asyncio.Queue()
         self._died: EngineDied | None = None
         self._load = EngineLoad()
+        self._steps_ended = 0
         self._rates = LoadRates(manifest.spec.storageClasses)
         self._pages_total = 0
         self._block_tokens = 0
@@ -217,7 +218,7 @@ class VllmEngine(Engine):
                 return step
 
     def load(self) -> EngineLoad:
-        return replace(self._load, load_tokens_s=dict(self._rates.tokens_s))
+        return replace(self._load, load_tokens_s=dict(self._rates.tokens_s), steps=self._steps_ended)
 
     def _sink(self, outputs: EngineCoreOutputs | KVEventBatch | Exception) -> None:
         if isinstance(outputs, Exception):
@@ -229,6 +230,7 @@ class VllmEngine(Engine):
             if changes := changes_of(outputs, self._block_tokens):
                 self._steps.put_nowait(Step(kv=changes))
             return
+        self._steps_ended += 1
         stats = outputs.scheduler_stats
         if stats is not None:
             self._again(spoilt_of(stats))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import psutil
 import pytest
 
 from llmserve.bus.messages import Role, Stage
-from llmserve.workers.engine.base import EngineDied
+from llmserve.workers.engine.base import EngineDied, Work
 from llmserve.workers.engine.vllm_core import Pages
 from llmserve.workers.engine.vllm_thread import ThreadCore
+from llmserve.workers.engine.watched import EngineStalled, WatchedEngine
 from tests.workers.engine_vllm.driver import MODEL, Driver, Pair, assert_same_up_to_a_tie, body
 
 pytestmark = [pytest.mark.vllm, pytest.mark.faults]
@@ -60,6 +62,32 @@ async def test_the_pages_of_a_producer_that_hangs_on_the_same_host_are_read_all_
         victim.process.send_signal(signal.SIGCONT)
     assert [(m.engine, m.failure) for m in pair.decode.moved] == [("same_host", "")]
     assert first.tokens + rest.tokens == reference
+    await victim.driver.all_free()
+
+
+async def test_an_engine_whose_process_is_stopped_is_called_dead_only_while_it_has_work(
+    victim: Victim, prompt: Prompt
+) -> None:
+    watched = WatchedEngine(victim.driver.engine, stall_s=2.0)
+    watching = asyncio.create_task(watched._watch())
+    work = Work("stopped.0", Stage.WHOLE, body(prompt(300), 2000))
+    watched.submit(work)
+    await victim.driver.until(lambda: victim.driver._outputs["stopped.0"], "it runs")
+    victim.process.send_signal(signal.SIGSTOP)
+    try:
+        began_s = time.monotonic()
+        await asyncio.wait_for(watching, 20)
+        assert time.monotonic() - began_s >= 2.0
+        with pytest.raises(EngineStalled, match="no step has ended for 2 s"):
+            await watched.step()
+    finally:
+        victim.process.send_signal(signal.SIGCONT)
+    victim.driver.engine.abort(["stopped.0"])
+    # Without work it does not step, and is not called dead for that.
+    idle = asyncio.create_task(WatchedEngine(victim.driver.engine, stall_s=0.5)._watch())
+    await asyncio.sleep(1.0)
+    assert not idle.done()
+    idle.cancel()
     await victim.driver.all_free()
 
 
