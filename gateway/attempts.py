@@ -91,6 +91,12 @@ class Attempts:
         self._next = 0
         """Offset that the current attempt's next delta has if nothing was lost."""
 
+    @property
+    def stored_seq(self) -> int | None:
+        """Of the current attempt; None until it is stored: ``seq`` may still be that of one before it, which says
+        nothing about this one."""
+        return self.seq if self._stored_attempt == self.attempt else None
+
     def start(self) -> Submit:
         """The first attempt."""
         return Submit(0, 0)

@@ -66,10 +66,10 @@ class Watch:
                 if now - call.missing_since_s >= _SWEEP_S / 2:
                     cause = "it is off the stream and its last tokens never came"
                     self._act(call, call.attempts.lost(call.attempts.attempt, cause), now)
-            elif call.attempts.seq is not None and probes and self._is_probe_due(call, idle_s, now):
+            elif (seq := call.attempts.stored_seq) is not None and probes and self._is_probe_due(call, idle_s, now):
                 probes -= 1
                 call.probing, call.probed_s = True, now
-                probe = asyncio.get_running_loop().create_task(self._probe(call, call.attempts.seq))
+                probe = asyncio.get_running_loop().create_task(self._probe(call, seq))
                 self._probes.add(probe)
                 probe.add_done_callback(self._probes.discard)
 
@@ -81,7 +81,7 @@ class Watch:
 
     async def _probe(self, call: Call, seq: int) -> None:
         try:
-            if await self._bus.fetch(seq) is None and seq == call.attempts.seq:
+            if await self._bus.fetch(seq) is None and seq == call.attempts.stored_seq:
                 call.missing_since_s = time.monotonic()
         except BusError as error:
             log.warning("cannot look request %d up: %s", seq, error)

@@ -222,13 +222,13 @@ class World:
         actions = self.core.handle(event, self.now_s)
         self.told = {name: seqs for name, seqs in self.told.items() if name in self.core.ledger.workers}
         self.carry_out(actions)
-        self.core.check()
+        self.check()
 
     def dispatch(self) -> None:
         found = self.load()
         on_worker = {name: self.on_worker(name) for name in self.core.ledger.workers}
         self.carry_out(self.core.dispatch(self.now_s))
-        self.core.check()
+        self.check()
         self.check_bounds(found)
         for worker in self.core.ledger.workers.values():
             spared = worker.beat.slots - self.settings.min_decode_slots
@@ -302,12 +302,17 @@ class World:
         if self.stream.pop(seq, None) is not None and self.current[job.of.request_id].seq == seq:
             self.outcome[job.of.request_id] = "finished"
         tenant = job.grant.tenant
-        self.served_tokens[tenant] = self.served_tokens.get(tenant, 0) + job.of.prompt_tokens + 2 * job.of.max_tokens
+        cost = job.of.prompt_tokens + 2 * self.output_tokens(job.of)
+        self.served_tokens[tenant] = self.served_tokens.get(tenant, 0) + cost
         worker.out.append(
             Finished(worker=worker.name, seq=seq, request_id=job.of.request_id, attempt=job.of.attempt,
                      stage=job.grant.stage, reason=Reason.LENGTH, prompt_tokens=job.of.prompt_tokens,
-                     output_tokens=job.of.max_tokens)
+                     output_tokens=self.output_tokens(job.of))
         )  # fmt: skip
+
+    def output_tokens(self, of: Request) -> int:
+        """With how many tokens it ends by itself."""
+        return of.max_tokens
 
     def abort(self, request_ids: list[str]) -> None:
         for worker in self.workers.values():
@@ -401,6 +406,9 @@ class World:
                                        epoch=grant.epoch))  # fmt: skip
 
     # -- what must hold
+
+    def check(self) -> None:
+        self.core.check()
 
     def running(self, name: str) -> dict[int, tuple[str, Stage, int, int]]:
         """Tenant, stage, prompt and bound of tokens of all that the router can know that a worker runs, and of what

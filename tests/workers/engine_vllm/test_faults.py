@@ -70,7 +70,7 @@ async def test_an_engine_whose_process_is_stopped_is_called_dead_only_while_it_h
 ) -> None:
     watched = WatchedEngine(victim.driver.engine, stall_s=2.0)
     watching = asyncio.create_task(watched._watch())
-    work = Work("stopped.0", Stage.WHOLE, body(prompt(300), 2000))
+    work = Work("stopped.0", Stage.WHOLE, body(prompt(300), 1000))
     watched.submit(work)
     await victim.driver.until(lambda: victim.driver._outputs["stopped.0"], "it runs")
     victim.process.send_signal(signal.SIGSTOP)
