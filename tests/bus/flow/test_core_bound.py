@@ -34,7 +34,7 @@ from llmserve.bus.messages import Finished, Refused, Request, Role, Stage
 from tests.bus.flow.test_bound import ROUNDING, Item, Tenant, Window
 from tests.bus.flow.world import World
 
-HISTORIES = int(os.environ.get("LLMSERVE_FLOW_HISTORIES", "40"))
+HISTORIES = int(os.environ.get("LLMSERVE_FLOW_HISTORIES", "20"))
 LEAD = 300.0
 
 
