@@ -214,7 +214,7 @@ class VllmEngine(Engine):
             if self._died is not None and self._steps.empty():
                 raise self._died
             step = await self._steps.get()
-            if _says_something(step):
+            if step != Step():
                 return step
 
     def load(self) -> EngineLoad:
@@ -243,7 +243,7 @@ class VllmEngine(Engine):
             step.released.extend(self._released(released_of(stats)))
             step.tiers.update(tiers_of(stats))
             self._rates.saw(step.tiers, self._block_tokens)
-        if _says_something(step):
+        if step != Step():
             computed = sum(output.computed_tokens or 0 for output in step.outputs)
             self._steps.put_nowait(replace(step, prefill_tokens=computed))
 
@@ -297,7 +297,3 @@ class VllmEngine(Engine):
                 del self._core_ids[work_id]
                 released.append(work_id)
         return released
-
-
-def _says_something(step: Step) -> bool:
-    return step != Step()
