@@ -156,7 +156,12 @@ class Stack(Process):
         self.url = f"http://127.0.0.1:{spec['gateway']['port']}"
         self.metrics_url = f"http://127.0.0.1:{spec['gateway']['metrics_port']}/metrics"
         self.model = str(spec["models"]["primary"].get("served_name") or spec["models"]["primary"]["id"])
+        self._env = env
         super().__init__("llmserve up", self.command(), log, env)
+
+    def start_again(self) -> None:
+        """After it was stopped, on the same manifest."""
+        super().__init__(self.name, self.command(), self.log.with_name(f"again-{self.log.name}"), self._env)
 
     def command(self) -> list[str]:
         return [str(BIN / "llmserve"), "up", "-f", str(self.manifest)]

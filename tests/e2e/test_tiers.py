@@ -120,10 +120,16 @@ def test_without_a_kv_role_pages_are_kept_and_loaded_and_a_new_one_finds_them(se
     wait_for(lambda: known(services, "nvme") >= on_disk + PAGES, 20, "the router knows of them")
 
 
-def test_up_keeps_pages_with_a_kv_role_of_its_own(pd: Stack) -> None:
+def test_up_keeps_pages_with_a_kv_role_of_its_own_and_loads_them_when_it_is_started_again(pd: Stack) -> None:
     before = total(metrics(pd.metrics_url), "llmserve_storage_pages", tier="disk")
     first = ask(pd.url, pd.model, PROMPT)
     assert first.cached_tokens == 0
     kept = "llmserve_storage_pages"
     wait_for(lambda: total(metrics(pd.metrics_url), kept, tier="disk") >= before + PAGES, 20, "its pages are kept")
     assert ask(pd.url, pd.model, PROMPT) == Answer(first.text, REUSED)
+    assert pd.stop() == 0
+    pd.start_again()
+    pd.ready()
+    assert ask(pd.url, pd.model, PROMPT) == Answer(first.text, REUSED)
+    loaded = "llmserve_prompt_tokens_reused_total"
+    wait_for(lambda: total(metrics(pd.metrics_url), loaded, source="loaded") == REUSED, 5, "from the folder")
