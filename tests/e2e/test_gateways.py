@@ -9,9 +9,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
 from llmserve.gateway.spending import REPORT_S
 from llmserve.gateway.tls import LOOK_S
@@ -40,6 +42,8 @@ class Two:
 
     urls: list[str]
     authority: Authority
+    manifest: Path
+    processes: tuple[Process, Process]
 
     def client(self, tenant: str) -> httpx.AsyncClient:
         trust = ssl.create_default_context(cafile=str(self.authority.file))
@@ -62,7 +66,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
             urls = [stack.url.replace("http:", "https:"), f"https://127.0.0.1:{port}"]
             for url in urls:
                 wait_for(partial(_is_well, url, authority), 60, f"{url}:\n{second.output[-2000:]}")
-            yield Two(urls, authority)
+            yield Two(urls, authority, manifest, (stack, second))
 
 
 def health(url: str, authority: Authority | None) -> int:
@@ -112,6 +116,24 @@ async def test_two_gateways_share_the_tokens_of_a_minute(two: Two) -> None:
         refused = await client.post(second, json={**ASK, "max_tokens": TOKENS_A_MINUTE // 2})
     assert refused.status_code == 429, refused.text
     assert "tokens per minute" in refused.json()["error"]["message"]
+
+
+async def test_a_new_tenant_is_served_by_both_without_a_restart(two: Two) -> None:
+    manifest = yaml.safe_load(two.manifest.read_text())
+    manifest["spec"]["scheduling"]["fair_share"]["tenants"]["late"] = {"limits": {"max_context_tokens": 60}}
+    manifest["spec"]["security"]["api_keys"].append({"key": "k-late", "tenant": "late"})
+    before = [process.family() for process in two.processes]
+    async with two.client("late") as client:
+        for expected in (401, 200):
+            answers = [await client.post(f"{url}/v1/completions", json=ASK) for url in two.urls]
+            assert [answer.status_code for answer in answers] == [expected] * 2, answers[0].text
+            two.manifest.write_text(yaml.safe_dump(manifest))
+            command = [str(BIN / "llmserve"), "reload", "-f", str(two.manifest)]
+            told = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)
+            assert told.stdout.count("read again") == 2, told.stdout
+        answer = await client.post(f"{two.urls[1]}/v1/completions", json={**ASK, "prompt": PROMPT * 4})
+    assert answer.status_code == 400, answer.text
+    assert [process.family() for process in two.processes] == before
 
 
 def test_health_asks_an_https_gateway_only_with_its_authority(two: Two) -> None:
