@@ -44,7 +44,7 @@ def test_a_wrong_word_is_answered_with_line_path_value_choice_and_the_nearest() 
 def test_an_unknown_field_is_answered_with_the_fields_there_and_the_nearest() -> None:
     assert errors(small("engine: {max_seqs: 3}")) == [
         "f.yaml:2: spec.engine.max_seqs: unknown field (did you mean max_num_seqs?); allowed here: kind, "
-        "enforce_eager, max_num_seqs, max_num_batched_tokens, kv_space_gb, gpu_memory_utilization, simulated"
+        "enforce_eager, max_num_seqs, max_num_batched_tokens, kv_space_gb, gpu_memory_utilization, stall_s, simulated"
     ]
 
 
