@@ -26,7 +26,7 @@ up: $(VENV)/.installed
 	$(BIN)/llmserve up -f $(MANIFEST)
 
 # Whole deployments and real engines take every core and have deadlines, so they run one at a time.
-ALONE := tests/conformance tests/e2e tests/faults tests/workers/engine_vllm
+ALONE := tests/e2e tests/faults tests/workers/engine_vllm
 
 test: $(VENV)/.installed-dev
 ifdef TESTS

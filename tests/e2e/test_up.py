@@ -16,8 +16,18 @@ import pytest
 from tests.processes import BIN, Stack, manifest_with, running, wait_for
 
 
+@pytest.fixture(scope="module")
+def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """For tests that leave it running."""
+    folder = tmp_path_factory.mktemp("up")
+    stack = Stack(manifest_with("sim.yaml", folder, {}), folder / "up.log")
+    with running(stack):
+        yield stack
+
+
 @pytest.fixture
-def sim(tmp_path: Path) -> Iterator[Stack]:
+def mortal(tmp_path: Path) -> Iterator[Stack]:
+    """For one test, which ends it."""
     stack = Stack(manifest_with("sim.yaml", tmp_path, {}), tmp_path / "up.log")
     with running(stack):
         yield stack
@@ -40,23 +50,26 @@ def test_it_shows_each_part_and_then_the_line_to_try(sim: Stack) -> None:
     assert "data: [DONE]" in answer.stdout, answer
 
 
-def test_ctrl_c_stops_everything_within_ten_seconds_even_under_load(sim: Stack) -> None:
-    sim.ready(60)
-    family = sim.family()
-    body = {"model": sim.model, "prompt": "x", "max_tokens": 1000, "ignore_eos": True, "stream": True}
-    with httpx.Client(timeout=30) as client, client.stream("POST", f"{sim.url}/v1/completions", json=body) as answer:
+def test_ctrl_c_stops_everything_within_ten_seconds_even_under_load(mortal: Stack) -> None:
+    mortal.ready(60)
+    family = mortal.family()
+    body = {"model": mortal.model, "prompt": "x", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+    with (
+        httpx.Client(timeout=30) as client,
+        client.stream("POST", f"{mortal.url}/v1/completions", json=body) as answer,
+    ):
         next(answer.iter_lines())
         start = time.monotonic()
-        sim.child.send_signal(signal.SIGINT)
-        assert sim.child.wait(12) == 0
+        mortal.child.send_signal(signal.SIGINT)
+        assert mortal.child.wait(12) == 0
     assert time.monotonic() - start < 10
     wait_for(lambda: not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], 2, "all gone")
 
 
-def test_kill_9_leaves_no_process_behind(sim: Stack) -> None:
-    sim.ready(60)
-    family = sim.family()
-    sim.kill()
+def test_kill_9_leaves_no_process_behind(mortal: Stack) -> None:
+    mortal.ready(60)
+    family = mortal.family()
+    mortal.kill()
     wait_for(lambda: not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], 5, "all gone")
 
 
@@ -90,9 +103,9 @@ def test_a_bad_manifest_is_one_clear_line_and_exit_code_2(
     assert "Traceback" not in result.stderr
 
 
-def test_the_state_of_one_deployment_is_not_shared_by_two(sim: Stack, tmp_path: Path) -> None:
+def test_the_state_of_one_deployment_is_not_shared_by_two(sim: Stack) -> None:
     sim.ready(60)
-    second = manifest_with("sim.yaml", tmp_path, {})
+    second = manifest_with("sim.yaml", sim.manifest.parent, {})
     result = llmserve("up", "-f", str(second))
     assert result.returncode == 2
     assert "Traceback" not in result.stderr

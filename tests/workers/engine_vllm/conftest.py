@@ -23,7 +23,7 @@ TEXT = (
 @pytest.fixture(scope="session")
 async def pair() -> AsyncIterator[Pair]:
     prefill, decode = await asyncio.gather(
-        Driver.open(Role.PREFILL, "thread", lease_s=LEASE_S, kv_space_gb=0.2),
+        Driver.open(Role.PREFILL, "thread", lease_s=LEASE_S, kv_space_gb=0.12),
         Driver.open(Role.DECODE, "process", timeout_s=3.0),
     )
     yield Pair(prefill, decode)
