@@ -226,15 +226,16 @@ class DirectClient(Client):  # type: ignore[misc]
 
     async def _read_loop(self) -> None:
         """The library's, which is left with the server's commands."""
-        transport, parser = self._transport, self._ps
-        reader = transport._io_reader
+        parser, reader = self._ps, self._transport._io_reader
+        parser.reset()  # the library does not where a connection fails while it is being made
         buffer = reader.feed_data
 
         def feed(data: bytes) -> None:
             if reader._buffer or parser.busy:  # behind a command that has not been obeyed yet
                 buffer(data)
                 return
-            if self._transport is not transport or self.is_closed or self.is_reconnecting:
+            # The library uses one transport for all its connections, each with a reader of its own.
+            if self._transport._io_reader is not reader or self.is_closed or self.is_reconnecting:
                 return
             try:
                 rest = parser.deliver(data)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
+from llmserve.bus.collector import rest_collector
 from llmserve.bus.endpoint import BusEndpoint
 from llmserve.bus.flow.settings import RouterSettings
 from llmserve.bus.messages import Role
@@ -99,6 +100,7 @@ class Stack:
             for (role, index), gpus in zip(self._engines(), self._gpus(), strict=True):
                 parts.create_task(self._start_worker(endpoint, role, f"{role}-{index}", gpus))
         self._spawn(self._bus_metrics.run(), "bus metrics")
+        rest_collector(10_000)  # as a gateway's process does: of all parts it makes most of what is collected
         self.started = True
 
     async def run(self) -> None:

@@ -32,6 +32,7 @@ from llmserve.workers.worker import WorkerDied
 
 if TYPE_CHECKING:
     from llmserve.bus.nats import NatsBus
+    from llmserve.workers.service import WorkerService
 
 logger = logging.getLogger("llmserve.worker")
 
@@ -171,6 +172,7 @@ class _Part:
     async def work(self, signals: _Signals) -> int:
         from llmserve.workers.metrics import WorkerMetrics
         from llmserve.workers.service import WorkerService
+        from llmserve.workers.watchdog import ends_if_it_stands_still
 
         engine, model = self.manifest.spec.engine.kind, self.manifest.spec.models.primary.id
         begun_s = time.monotonic()
@@ -187,7 +189,12 @@ class _Part:
         starting = asyncio.create_task(service.start())
         if not await _unless(signals.first, starting):
             return 0
+        rest_collector(10_000)  # what an engine has loaded takes long to look through
         self._say(f"{_described(starting.result())}, ready after {time.monotonic() - begun_s:.1f} s")
+        with ends_if_it_stands_still(self.manifest.spec.engine.stall_s):
+            return await self._serve(service, signals)
+
+    async def _serve(self, service: WorkerService, signals: _Signals) -> int:
         running = asyncio.create_task(service.run())
         try:
             if await _unless(signals.first, running, cancel=False):

@@ -203,6 +203,26 @@ async def test_what_a_lost_connection_left_unread_is_not_read_into_the_next() ->
     assert heard == [b"ok", b"new"]
 
 
+async def test_a_connection_that_failed_while_it_was_made_is_not_heard_on_the_next() -> None:
+    client = DirectClient()
+    heard: list[bytes] = []
+    client.handlers[b"1"] = lambda m: heard.append(m.data)
+    client._transport, client._status = Transport(), client.CONNECTED
+    failed, readings = client._transport._io_reader, []
+    for _ in range(2):
+        readings.append(asyncio.create_task(client._read_loop()))
+        await asyncio.sleep(0)
+        client._transport._io_reader.feed_data(b"MSG s 1 5\r\nhe")
+        client._transport._io_reader = asyncio.StreamReader()  # which is all that the library changes
+    readings.append(asyncio.create_task(client._read_loop()))
+    await asyncio.sleep(0)
+    failed.feed_data(b"llo\r\n")
+    client._transport._io_reader.feed_data(b"MSG s 1 2\r\nok\r\n")
+    assert heard == [b"ok"]
+    for reading in readings:
+        reading.cancel()
+
+
 @pytest.mark.parametrize(
     "line", [b"MSG s 1\r\n", b"MSG s 1 x\r\n\r\n", b"HMSG s 1 2 y\r\n", b"HELLO\r\n", b"A" * 70000]
 )

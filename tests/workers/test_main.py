@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llmserve.bus.messages import AnyMessage, Deltas, Finished, Grant, Heartbeat, Role, Stage, encode
+from llmserve.bus.messages import AnyMessage, Deltas, Failed, Finished, Grant, Heartbeat, Role, Stage, encode
 from llmserve.bus.nats import NatsBus, connect
 from llmserve.bus.server import EmbeddedServer
 from llmserve.workers.main import main
@@ -45,11 +46,13 @@ class Deployment:
         await self.bus.close()
         self.server.stop()
 
-    def start(self, role: str, *options: str) -> Process:
-        command = [str(BIN / "llmserve-worker"), "--role", role, "--manifest", str(self.manifest)]
+    def start(
+        self, role: str, *options: str, program: tuple[str, ...] = (str(BIN / "llmserve-worker"),), **env: str
+    ) -> Process:
+        command = [*program, "--role", role, "--manifest", str(self.manifest)]
         command += ["--nats", self.server.url, "--token", "env:BUS_TOKEN", *options]
         name = f"{role}-{len(self.processes)}"
-        process = Process(name, command, self.folder / f"{name}.log", {"BUS_TOKEN": self.server.token})
+        process = Process(name, command, self.folder / f"{name}.log", {"BUS_TOKEN": self.server.token, **env})
         self.processes.append(process)
         return process
 
@@ -164,6 +167,24 @@ async def test_kill_9_leaves_no_process_behind_and_its_subject_has_no_responders
     grant = Grant(epoch=1, seq=1, tenant="t", klass="i", stage=Stage.WHOLE, attempt=0, request=b"")
     deployment.bus.publish(deployment.bus.subjects.work(beat.member), grant, no_responders=gone.set)
     await asyncio.wait_for(gone.wait(), 10)
+
+
+@pytest.mark.parametrize("lock", ["released", "held"])
+async def test_a_worker_whose_engine_hangs_in_a_thread_of_it_ends(deployment: Deployment, lock: str) -> None:
+    """``held``: nothing in the process runs any more."""
+    deployment.manifest = manifest_with("sim.yaml", deployment.folder, {"engine.stall_s": 1})
+    process = deployment.start("both", program=(sys.executable, "-m", "tests.workers.hanging"), HANG=lock)
+    beat = await deployment.joined(Role.BOTH)
+    await asyncio.sleep(1.5)
+    assert process.child.poll() is None  # without work it does not hang
+    await deployment.grant(beat.member, 40)
+    assert await exit_status(process) == 1
+    if lock == "held":
+        assert "Timeout (0:00:01)!" in process.output
+        assert "hanging.py" in process.output  # where it hung
+        return
+    await deployment.until(lambda: any(isinstance(m, Failed) and m.died for m in deployment.heard), "its report")
+    assert "engine died: it hangs: 1 requests" in process.output
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -9,11 +9,12 @@ of a decision with 10 and 5,000 tenants (``arrival_us``, ``tenants_5000_arrival_
 ``table``; and from the real router and bus ``share_error``, ``dispatch_p50_ms`` and ``dispatch_p99_ms`` (publish to
 worker-has-it), beside ``stored_*_ms`` (publish to the server's acknowledgement) and ``floor_*_ms`` (the same hops
 through nats-py, with nothing decided), ``dispatch_over_floor`` and ``router_us_per_request``, the CPU time of the
-router's process.
+router's process: medians of ``--rounds``. ``--only dispatch`` measures these and leaves the rest as it is.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Callable
@@ -23,10 +24,11 @@ from tests.bench.flow.arrivals import TRACE, Job, Scenario
 from tests.bench.flow.figures import jain, lag_over_bound, mean, percentile, share_error, times_s, ttfts_s, waits_s
 from tests.bench.flow.policies import POLICIES, Policy
 from tests.bench.flow.rate import costs
-from tests.bench.flow.real import measure
+from tests.bench.flow.real import measure_dispatch, measure_share
 from tests.bench.flow.simulate import Run, simulate
 from tests.processes import ROOT
 
+ROUNDS = 3
 MOST_FOR_LAGS = 16
 """Tenants up to which all pairs are compared."""
 COLUMNS = (
@@ -153,12 +155,21 @@ def headline(table: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
 
 
 def main() -> None:
-    table = compare()
-    figures = headline(table) | measure()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=["dispatch"], help="this part; the other figures stay")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="measurements of the way to a worker")
+    options = parser.parse_args()
+    known: dict[str, object] = {}
+    figures: dict[str, float] = {}
     target = ROOT / "build" / "bench" / "flow.json"
+    if target.exists():
+        known = json.loads(target.read_text())
+    if options.only is None:
+        known["table"] = table = compare()
+        figures = headline(table) | measure_share()
+    figures |= measure_dispatch(options.rounds)
     target.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(target.read_text()) if target.exists() else {}
-    known |= {key: round(value, 4) for key, value in figures.items()} | {"table": table}
+    known |= {key: round(value, 4) for key, value in figures.items()}
     target.write_text(json.dumps(known, indent=1) + "\n")
     print()
     for key, value in figures.items():
