@@ -37,13 +37,14 @@ class FlowMetrics:
         self._failures = Counter(
             "llmserve_router_failures", "Actions or events of the router that failed", ["what"], registry=registry
         )
-        self._dispatch = Histogram(
+        dispatch = Histogram(
             "llmserve_dispatch_seconds",
             "From stored, or handed off, to granted",
             ["stage"],
             buckets=DISPATCH_BUCKETS_S,
             registry=registry,
         )
+        self._dispatched = {stage: dispatch.labels(stage) for stage in Stage}
         self._prefix_grants = Counter(
             "llmserve_prefix_grants",
             "Prompts granted to a worker that holds a part (hit) or not",
@@ -79,7 +80,7 @@ class FlowMetrics:
         self._workers: set[str] = set()
 
     def granted(self, action: SendGrant) -> None:
-        self._dispatch.labels(action.grant.stage).observe(action.waited_s)
+        self._dispatched[action.grant.stage].observe(action.waited_s)
 
     def failed(self, what: str) -> None:
         self._failures.labels(what).inc()

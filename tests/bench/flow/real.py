@@ -18,6 +18,7 @@ from pathlib import Path
 
 import uvloop
 
+from llmserve.bus.collector import rest_collector
 from llmserve.bus.server import EmbeddedServer
 from tests.bench.flow.figures import percentile
 from tests.bench.flow.floor import floor
@@ -70,6 +71,7 @@ async def dispatch(server: EmbeddedServer) -> dict[str, float]:
     to the server's acknowledgement, and over the same hops with nothing decided."""
     rng = random.Random(2)
     async with pool(server, 4, 64, 1e-5) as members:
+        rest_collector(10_000)  # as gateways and workers do
         cpu_s, begun_s = members.router_cpu_s(), time.monotonic()
         for number in range(int(RATE * RATE_S)):
             await asyncio.sleep(max(0.0, begun_s + number / RATE - time.monotonic()))
