@@ -35,7 +35,7 @@ class Lane(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give up what is on its way, as far as that can be done; never raises."""
+        """Give up what is on its way, as far as that can be done, without waiting for the peer; never raises."""
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -77,7 +77,7 @@ class Stagings:
         return ring
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Link:
     """A connection to one peer."""
 

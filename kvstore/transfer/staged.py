@@ -259,7 +259,8 @@ class StagedEngine(TransferEngine):
             link.say(wire.Failed(message.id, str(error)))
 
     def _lose(self, link: Link) -> None:
+        if link not in self._links:
+            return
+        self._links.remove(link)
         # Its buffers are kept alive: the transport may write to them until it has noticed.
         self._abandoned.extend(link.close())
-        if link in self._links:
-            self._links.remove(link)

@@ -87,8 +87,8 @@ class _UcxLane(Lane):
             raise TransferError(f"UCX: {error!r}") from error
 
     def close(self) -> None:
-        if self._endpoint.alive:  # closing one that an error has closed ends the process
-            self._endpoint.close()
+        # Not ``close()``: that one waits for a peer that may be dead, and a second one meanwhile ends the process.
+        self._endpoint.close_blocking()
 
 
 class UcxEngine(StagedEngine):
