@@ -7,9 +7,8 @@ then its pages may be written to, which is why a push that stalls only ends when
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from llmserve.kvstore.transfer.base import (
@@ -60,8 +59,10 @@ class Job:
 class Fetches:
     """Probes among them: those end without anybody being told."""
 
-    def __init__(self, engines: Mapping[str, TransferEngine], peers: Peers, ends: Ends) -> None:
-        self._engines, self._peers, self._ends = engines, peers, ends
+    def __init__(
+        self, engines: Mapping[str, TransferEngine], peers: Peers, ends: Ends, clock: Callable[[], float]
+    ) -> None:
+        self._engines, self._peers, self._ends, self._clock = engines, peers, ends, clock
         self._jobs: list[Job] = []
         self._pushed: dict[int, Pushed] = {}
         self._push_ids = 0
@@ -136,7 +137,7 @@ class Fetches:
     def _failed(self, job: Job, kind: str, why: str) -> None:
         rung = job.rung
         assert rung is not None
-        now_s = time.monotonic()
+        now_s = self._clock()
         wait_s = job.peer.ladder.failed(rung, now_s)
         job.attempts.append(Attempt(rung, 0, now_s - job.started_s, kind))
         log = logger.info if job.probe else logger.warning
@@ -147,7 +148,7 @@ class Fetches:
     def _advanced(self, job: Job) -> bool:
         """Whether the fetch has ended, by an error that nobody expected too."""
         try:
-            return self._advance(job, time.monotonic())
+            return self._advance(job, self._clock())
         except Exception:
             logger.exception("fetch %s by %s", job.fetch.id, job.rung)
             if job.stopping:
@@ -196,7 +197,7 @@ class Fetches:
     def _patience_s(self, job: Job) -> float:
         assert job.rung is not None
         left_s = job.begun_s + job.fetch.timeout_s - job.started_s
-        if job.peer.ladder.choose(time.monotonic(), job.tried) is None:
+        if job.peer.ladder.choose(self._clock(), job.tried) is None:
             return left_s
         expected_s = job.peer.ladder.expected_s(job.rung, job.size_bytes) or 0.0
         return min(left_s, max(_PATIENCE_MIN_S, _STALL_PART * job.fetch.timeout_s, 4 * expected_s))
@@ -245,6 +246,6 @@ class Fetches:
     def _end(self, job: Job, failure: str) -> None:
         if job.probe is None:
             self.ended.append(Fetched(job.fetch.id, failure, job.attempts))
-        elif not job.peer.ladder.due(time.monotonic()):
+        elif not job.peer.ladder.due(self._clock()):
             rates = ", ".join(f"{rung} {rate / 1e9:.2f} GB/s" for rung, rate in job.peer.ladder.rates().items())
             logger.info("transfer rates to %s: %s", job.peer.ends.mover[:8], rates)

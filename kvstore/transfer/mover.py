@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -53,15 +53,19 @@ class Mover:
         probe_piece_bytes: int = 64 << 10,
         owner: object = None,
         express: TransferEngine | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``probe``: memory for probes, registered already, kept alive by ``owner``; without it none are made.
         ``probe_piece_bytes``: the runs that pages come in.
 
         ``express``: an engine for the owner's thread, see ``Express``; of host memory it only makes loads, since a
         copy would hold that thread up for nothing.
+
+        ``clock``: by which transfers are measured, stall and cool down.
         """
         self._engines = {engine.name: engine for engine in engines}
         self._bucket = bucket
+        self._clock = clock
         self._owner = owner
         self.ends = Ends(
             uuid.uuid4().hex,
@@ -71,7 +75,7 @@ class Mover:
             probe.place.gpu if probe else None,
         )
         self._peers = Peers(self._engines)
-        self._fetches = Fetches(self._engines, self._peers, self.ends)
+        self._fetches = Fetches(self._engines, self._peers, self.ends, clock)
         self._pushes = Pushes(self._engines, self._peers)
         self._probes = Probes(probe, self._peers, bucket, probe_piece_bytes)
         self._orders: deque[Fetch | tuple[Ends, bytes]] = deque()
@@ -81,9 +85,7 @@ class Mover:
         self._active_s = -math.inf
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
         self._closing = False
-        self._express = (
-            Express(express, self._order, lambda size: bucket.take(size, time.monotonic())) if express else None
-        )
+        self._express = Express(express, self._order, lambda size: bucket.take(size, clock())) if express else None
         self._thread = threading.Thread(target=self._run, name="page-mover", daemon=True)
         self._thread.start()
 
@@ -149,7 +151,7 @@ class Mover:
     def _run(self) -> None:
         while not self._closing:
             try:
-                self._wait(self._step(time.monotonic()))
+                self._wait(self._step(self._clock()))
             except Exception:
                 logger.exception("page mover: an error that nobody expected; it goes on")
                 time.sleep(0.1)

@@ -21,23 +21,34 @@ from llmserve.kvstore.transfer.base import (
 Fault = Literal["", "connect", "submit", "gone", "completion", "stall", "silent", "slow"]
 
 
+class Clock:
+    """One that stands still but for those who move it."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
 @dataclass
 class _Wrapped(Handle):
     inner: Handle
     bytes_moved: int
     fault: Fault
-    polls: int = 0
 
 
 class FaultyEngine(TransferEngine):
     """``fault`` is what happens to transfers that start from now on; of ``times`` of them, all by default.
 
     ``connect``: no peer can be connected; ``submit``, ``gone``: the start raises; ``completion``: ends with an error;
-    ``stall``: never ends, and can be cancelled; ``silent``: messages are lost; ``slow``: takes 50 polls longer.
+    ``stall``: never ends, and can be cancelled; ``silent``: messages are lost; ``slow``: takes ten times as long.
     """
 
-    def __init__(self, inner: TransferEngine) -> None:
+    def __init__(self, inner: TransferEngine, clock: Clock | None = None, bytes_s: float = 1e9) -> None:
+        """By ``clock``, if there is one, its transfers run at ``bytes_s``."""
         self._inner = inner
+        self._clock, self._bytes_s = clock, bytes_s
         self.name = inner.name
         self.fingerprint = inner.fingerprint
         self.watch_s = 0.002
@@ -89,13 +100,14 @@ class FaultyEngine(TransferEngine):
             raise PeerGone("gone, as ordered")
         start = self._inner.pull if way == "pull" else self._inner.push
         handle = start(peer, runs, local, remote)
+        if self._clock is not None:
+            self._clock.now_s += handle.bytes_moved / self._bytes_s * (10 if fault == "slow" else 1)
         return _Wrapped(handle, handle.bytes_moved, fault)
 
     def poll(self, handle: Handle) -> Progress:
         assert isinstance(handle, _Wrapped)
         progress = self._inner.poll(handle.inner)
-        handle.polls += 1
-        if handle.fault == "stall" or (handle.fault == "slow" and handle.polls < 50):
+        if handle.fault == "stall":
             return Progress.RUNNING
         return Progress.FAILED if handle.fault == "completion" else progress
 
