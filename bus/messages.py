@@ -212,6 +212,8 @@ class Finished(Message, frozen=True, kw_only=True):
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
+    moved_bytes: int = 0
+    """Of its pages, those that the worker fetched from the one that computed them."""
 
 
 class Failed(Message, frozen=True, kw_only=True):

@@ -78,6 +78,8 @@ class Tenant(Part, frozen=True, kw_only=True):
 class FairShare(Part, frozen=True, kw_only=True):
     tenants: Mapping[Name, Tenant] = msgspec.field(default_factory=lambda: {"default": Tenant()})
     """``default`` is always there once loaded, with weight 1 if the manifest does not name it."""
+    kv_tokens_per_gb: Annotated[float, Meta(ge=0)] = 0.0
+    """Cost, in prompt tokens, of a GB of KV pages that a tenant's handoffs move."""
 
 
 class Policies(Part, frozen=True, kw_only=True):

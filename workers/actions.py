@@ -44,6 +44,8 @@ class Task:
     status: Status = Status.RUNNING
     cancelled: bool = False
     cached_tokens: int = 0
+    moved_bytes: int = 0
+    """Page bytes fetched for it, ahead of its grant too."""
     handed_off: HandedOff | None = None
     lease_until_s: float = 0.0
 

@@ -21,6 +21,12 @@ class _Prompt:
     """None while it is being fetched."""
 
 
+@dataclass(slots=True)
+class _Fetched:
+    tenant: str
+    moved_bytes: int = 0
+
+
 class Aheads:
     """What is, or was of late, fetched ahead, by sequence of the request."""
 
@@ -28,7 +34,7 @@ class Aheads:
         self._stage = stage
         self._salts = salts
         self._prompts: Recent[int, _Prompt] = Recent(remember_s)
-        self._tenants: Recent[str, str] = Recent(remember_s)
+        self._fetched: Recent[str, _Fetched] = Recent(remember_s)
         """By work id."""
         self._cancelled: Recent[str, bool] = Recent(remember_s)
 
@@ -70,7 +76,7 @@ class Aheads:
         if not isinstance(offer, Prefilling):
             return []
         work_id = f"{request.request_id}.{request.attempt}"
-        self._tenants.set(work_id, grant.tenant, now_s)
+        self._fetched.set(work_id, self._fetched.get(work_id, now_s) or _Fetched(grant.tenant), now_s)
         work = Work(
             work_id=work_id,
             stage=Stage.DECODE,
@@ -89,11 +95,22 @@ class Aheads:
 
     def tenant_of(self, work_id: str, now_s: float) -> str:
         """Whose prompt it is; empty if it is not known any more."""
-        return self._tenants.get(work_id, now_s) or ""
+        fetched = self._fetched.get(work_id, now_s)
+        return fetched.tenant if fetched is not None else ""
+
+    def moved(self, work_id: str, moved_bytes: int, now_s: float) -> None:
+        """Pages of it have come."""
+        if (fetched := self._fetched.get(work_id, now_s)) is not None:
+            fetched.moved_bytes += moved_bytes
+
+    def moved_bytes(self, work_id: str, now_s: float) -> int:
+        """Bytes of its pages that have come so far."""
+        fetched = self._fetched.get(work_id, now_s)
+        return fetched.moved_bytes if fetched is not None else 0
 
     def cancel(self, request_ids: set[str], now_s: float) -> list[Action]:
         """Nobody wants these any more."""
         for request_id in request_ids:
             self._cancelled.set(request_id, True, now_s)
-        work_ids = [work_id for work_id in self._tenants if work_id.rpartition(".")[0] in request_ids]
+        work_ids = [work_id for work_id in self._fetched if work_id.rpartition(".")[0] in request_ids]
         return [Abort(work_ids)] if work_ids else []

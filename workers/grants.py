@@ -126,7 +126,7 @@ class Grants:
                 return [self._reports.refused(grant, f"handoff: {error}", retry=False)]
             handed_off = message if isinstance(message, HandedOff) else None
         superseded = [newest] if newest is not None and not newest.cancelled else []
-        return [*self._tasks.cancel(superseded), self._take(grant, request, handed_off)]
+        return [*self._tasks.cancel(superseded), self._take(grant, request, handed_off, now_s)]
 
     def _problem(self, request: Request) -> str:
         """Why no worker of this kind can ever run the request; empty if one can."""
@@ -139,15 +139,17 @@ class Grants:
             return f"{request.prompt_tokens} prompt tokens do not fit into {info.pages_total} pages"
         return ""
 
-    def _take(self, grant: Grant, request: Request, handed_off: HandedOff | None) -> Submit:
+    def _take(self, grant: Grant, request: Request, handed_off: HandedOff | None, now_s: float) -> Submit:
         first_tokens = tuple(handed_off.tokens) if handed_off is not None else ()
+        work_id = f"{request.request_id}.{request.attempt}"
         task = Task(
             seq=grant.seq,
             tenant=grant.tenant,
             stage=grant.stage,
             request=request,
-            work_id=f"{request.request_id}.{request.attempt}",
+            work_id=work_id,
             sent=len(first_tokens),
+            moved_bytes=self._aheads.moved_bytes(work_id, now_s),
         )
         self._tasks.add(task)
         work = Work(

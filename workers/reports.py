@@ -86,6 +86,7 @@ class Reports:
             prompt_tokens=request.prompt_tokens,
             output_tokens=task.sent,
             cached_tokens=task.cached_tokens,
+            moved_bytes=task.moved_bytes,
         )
 
     def failed(self, task: Task, error: str, *, died: bool = False) -> Failed:

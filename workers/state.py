@@ -18,7 +18,7 @@ from llmserve.bus.messages import (
 )
 from llmserve.workers.actions import Abort, Action, Beat, Complete, Deliver, Status, Submit, Task, Tell
 from llmserve.workers.ahead import Aheads
-from llmserve.workers.engine.base import EngineInfo, EngineLoad, EngineOutput, Step
+from llmserve.workers.engine.base import EngineInfo, EngineLoad, EngineOutput, Step, Transfer
 from llmserve.workers.grants import Grants
 from llmserve.workers.reports import Identity, Reports, stage_of
 from llmserve.workers.tasks import Tasks
@@ -150,6 +150,8 @@ class WorkerState:
         """Deltas, one message for each gateway, then what ended or was handed off."""
         items: dict[str, list[Delta]] = {}
         ends: list[Action] = []
+        for transfer in step.transfers:
+            self._moved(transfer, now_s)
         for output in step.outputs:
             task = self._tasks.of_work(output.work_id)
             if task is None or task.status is not Status.RUNNING:
@@ -175,6 +177,13 @@ class WorkerState:
             Deliver(gateway, Deltas(worker=member, items=deltas)) for gateway, deltas in items.items()
         ]
         return deliveries + ends + ([Beat()] if ends or step.released else [])
+
+    def _moved(self, transfer: Transfer, now_s: float) -> None:
+        task = self._tasks.of_work(transfer.work_id)
+        if task is not None:
+            task.moved_bytes += transfer.bytes_moved
+        else:
+            self._aheads.moved(transfer.work_id, transfer.bytes_moved, now_s)
 
     @staticmethod
     def _delta(task: Task, output: EngineOutput) -> Delta | None:

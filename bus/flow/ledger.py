@@ -36,7 +36,7 @@ class Ledger:
     def __init__(self, settings: RouterSettings) -> None:
         self.settings = settings
         self.budgets = Budgets(settings)
-        self.costs = Costs(settings.output_weight, settings.first_expected_output_tokens)
+        self.costs = Costs(settings)
         self.timers = Timers()
         self.entries: dict[int, Entry] = {}
         self.by_request: dict[str, Entry] = {}
@@ -172,9 +172,9 @@ class Ledger:
         worker.add_stray(seq, stray)
         self.budgets.count_stray(stray)
 
-    def settle(self, entry: Entry, output_tokens: int, cached_tokens: int) -> None:
+    def settle(self, entry: Entry, output_tokens: int, cached_tokens: int, moved_bytes: int = 0) -> None:
         """Replace the estimates that the tenant was charged by the real cost."""
-        actual = self.costs.actual(entry, output_tokens, cached_tokens)
+        actual = self.costs.actual(entry, output_tokens, cached_tokens, moved_bytes)
         for charge in entry.charges:
             charge.queue.settle(entry.tenant, actual - charge.cost)
         entry.charges.clear()

@@ -48,7 +48,7 @@ class Progress:
             self._ledger.costs.learn(entry, event.output_tokens)
         elif event.reason is Reason.CANCELLED:
             self._outcomes.actions.append(Discard(entry.seq))
-        self._ledger.settle(entry, event.output_tokens, event.cached_tokens)
+        self._ledger.settle(entry, event.output_tokens, event.cached_tokens, event.moved_bytes)
         elsewhere = entry.worker is not None and entry.worker.member != event.worker
         self._outcomes.end(entry, now_s, stray=elsewhere)
 

@@ -51,6 +51,8 @@ class RouterSettings:
     """Cost by which a tenant that would miss its ``ttft_slo_s`` may be ahead of its share."""
     output_weight: float = 2.0
     """Cost of an output token in prompt tokens."""
+    kv_tokens_per_gb: float = 0.0
+    """Cost, in prompt tokens, of 2**30 bytes of pages that handoffs move."""
     first_expected_output_tokens: float = 256.0
     """Expected output of a tenant of which nothing is known."""
     reserved_output_tokens: int = 512
@@ -102,6 +104,7 @@ class RouterSettings:
                 )
                 for name, tenant in spec.scheduling.fair_share.tenants.items()
             },
+            kv_tokens_per_gb=spec.scheduling.fair_share.kv_tokens_per_gb,
             max_tokens_in_flight=budgets.max_tokens_in_flight,
             max_prefill_concurrency=budgets.max_prefill_concurrency,
             max_decode_concurrency=budgets.max_decode_concurrency,

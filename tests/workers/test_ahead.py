@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from llmserve.bus.base import StoredRequest
-from llmserve.bus.messages import Cancel, Grant, HandedOff, Prefilling, Role, Stage, encode
+from llmserve.bus.messages import Cancel, Finished, Grant, HandedOff, Prefilling, Reason, Role, Stage, encode
 from llmserve.workers.actions import Abort, Action, Fetch, FetchAhead, Submit, Tell
-from llmserve.workers.engine.base import Offer, Step
+from llmserve.workers.engine.base import EngineOutput, Offer, Step, Transfer
 from llmserve.workers.reports import Identity
 from llmserve.workers.state import WorkerState
 from tests.workers.test_state import INFO
@@ -85,3 +85,19 @@ def test_a_prefill_worker_tells_of_pages_while_it_computes_the_rest() -> None:
     assert told == Prefilling(worker="w", seq=7, request_id="q1", attempt=0, params=b"pages")
     state.cancelled(Cancel(request_ids=["q1"]), 0.2)
     assert not [action for action in state.stepped(step, 0.3) if isinstance(action, Tell)]
+
+
+def test_the_router_hears_how_many_bytes_moved_for_a_request_ahead_of_its_grant_and_after_it() -> None:
+    state = worker(Role.DECODE)
+    state.granted(offer(), 0.0)
+    state.stepped(Step(transfers=[Transfer("nixl", "pull", 600, 0.1, "", "q1.0")]), 0.1)
+    state.granted(offer(b"more"), 0.2)
+    (submit,) = state.granted(granted(), 0.3)
+    assert isinstance(submit, Submit)
+    state.accepted(submit)
+    lost = Transfer("nixl", "pull", 0, 0.1, "peer", "q1.0")
+    moved = Transfer("ucx", "pull", 30, 0.1, "", "q1.0")
+    end = EngineOutput("q1.0", [6], reason=Reason.LENGTH)
+    state.stepped(Step(transfers=[lost, moved], outputs=[end]), 0.4)
+    told = [action.event for action in state.completed(submit.task, Reason.LENGTH, 0.5) if isinstance(action, Tell)]
+    assert [event.moved_bytes for event in told if isinstance(event, Finished)] == [630]

@@ -256,7 +256,7 @@ class SimulatedEngine(Engine):
             logger.warning("handoff of %s failed (%s): computing its prompt here", sequence.work_id, failure)
         moved = 0 if failure else pages * self.settings.page_bytes
         seconds = time.monotonic() - started_s
-        self._transfers.append(Transfer("simulated", "pull", moved, seconds, failure))
+        self._transfers.append(Transfer("simulated", "pull", moved, seconds, failure, sequence.work_id))
         self.scheduler.loaded(sequence, ok=not failure, cached=cached)
         self._wake.set()
 

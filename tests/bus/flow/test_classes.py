@@ -157,6 +157,22 @@ def test_a_bucket_lets_no_more_than_its_rate_and_a_burst_through() -> None:
     assert passed >= 100.0 * now_s * 0.8
 
 
+def test_a_tenant_is_charged_for_the_pages_that_its_handoffs_were_seen_to_move() -> None:
+    d = Driver(RouterSettings(kv_tokens_per_gb=2.0**30))
+    d.tell(beat("p", Role.PREFILL), beat("d", Role.DECODE), queued(1, "a", 10, 5), accepted("p", 1, Stage.PREFILL))
+    d.tell(moved("p", 1, 8))
+    entry = d.core.ledger.entries[1]
+    first, decode = entry.charges
+    expected = 10 + 2 * 5 + 8 * 1000
+    assert (first.cost, decode.cost) == (10 + 2 * 5, expected)
+    tags = [charge.queue._flows["a"].tag for charge in entry.charges]
+    ended = Finished(worker="d", seq=1, request_id="q1", attempt=0, stage=Stage.DECODE, reason=Reason.STOP,
+                     output_tokens=5, moved_bytes=3000)  # fmt: skip
+    d.tell(ended)
+    settled = [charge.queue._flows["a"].tag for charge in (first, decode)]
+    assert settled == [tags[0] + 3000, tags[1] - 5000]
+
+
 def test_outputs_are_learned_by_tenant_and_capped_by_max_tokens() -> None:
     d = Driver()
     d.tell(beat("w", Role.BOTH, slots=8), *(queued(seq, "a", 10, 1000) for seq in (1, 2)), queued(3, "b", 10, 1000))

@@ -36,6 +36,7 @@ from tests.bus.flow.world import World
 
 HISTORIES = int(os.environ.get("LLMSERVE_FLOW_HISTORIES", "20"))
 LEAD = 300.0
+KB = 1024
 
 
 @dataclass
@@ -71,9 +72,10 @@ class Order:
 
 
 class FairWorld(World):
-    """No message is lost and nobody dies. Grants are refused at times; outputs are shorter than they may be."""
+    """No message is lost and nobody dies. Grants are refused at times; outputs are shorter than they may be; of pages
+    that are handed off all, half or none have to move."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, kv: random.Random) -> None:
         tenants = {
             f"t{number}": TenantSettings(
                 weight=rng.choice((0.5, 1.0, 1.0, 2.0, 4.0)),
@@ -91,9 +93,13 @@ class FairWorld(World):
             max_wait_s=rng.choice((5.0, 60.0)),
             slo_lead_tokens=LEAD,
             first_expected_output_tokens=rng.choice((20.0, 256.0)),
+            kv_tokens_per_gb=kv.choice((0.0, 2.0**20)),
         )
         super().__init__(bounds, rng, 0.0)
         self.outputs: dict[str, int] = {}
+        self.kv, self.hands_off = kv, True
+        self.pages: dict[str, tuple[int, int]] = {}
+        """KB that each request hands off, and those of them that move."""
         self.refusing = rng.choice((0.0, 0.1))
         self.orders = {
             decode: Order(
@@ -115,13 +121,29 @@ class FairWorld(World):
     def output_tokens(self, of: Request) -> int:
         return self.outputs.setdefault(of.request_id, self.rng.randint(1, of.max_tokens))
 
+    def page_bytes(self, of: Request) -> int:
+        return KB * self.handed_and_moved_kb(of)[0]
+
+    def moved_bytes(self, of: Request) -> int:
+        return KB * self.handed_and_moved_kb(of)[1]
+
+    def handed_and_moved_kb(self, of: Request) -> tuple[int, int]:
+        handed = self.kv.choice((0, 10, 500))
+        return self.pages.setdefault(of.request_id, (handed, self.kv.choice((0, handed // 2, handed))))
+
+    def cost(self, of: Request) -> float:
+        """The real one."""
+        moved_bytes = self.moved_bytes(of) if self.hands_off else 0
+        moved_tokens = self.settings.kv_tokens_per_gb * moved_bytes / 2**30
+        return of.prompt_tokens + 2.0 * self.output_tokens(of) + moved_tokens
+
     def receive(self, action: SendGrant) -> None:
         grant = action.grant
         entry = self.core.ledger.entries[grant.seq]
         order = self.orders[grant.stage is Stage.DECODE]
         if grant.seq not in order.charged and entry.klass != "batch":
             charge = next(charge for charge in entry.charges if charge.queue is entry.queue)
-            cost = entry.prompt_tokens + 2.0 * self.output_tokens(self.stream[grant.seq].request)
+            cost = self.cost(self.stream[grant.seq].request)
             order.charged[grant.seq] = item = Item(grant.seq, grant.tenant, cost, charge.cost, entry.seen_s)
             order.tenants[grant.tenant].charged(item)
         if self.rng.random() < self.refusing:
@@ -173,8 +195,9 @@ class FairWorld(World):
 def live(seed: int, steps: int = 150) -> FairWorld:
     """Until the first attempt is lost: a lease may end."""
     rng = random.Random(seed)
-    world = FairWorld(rng)
+    world = FairWorld(rng, random.Random(seed))
     both = rng.random() < 0.5
+    world.hands_off = not both
     for role in (Role.BOTH, Role.BOTH) if both else (Role.PREFILL, Role.PREFILL, Role.DECODE):
         world.spawn(role)
     pace = [rng.choice((1.0, 3.0)) if worker.role is Role.PREFILL else 1.0 for worker in world.workers.values()]

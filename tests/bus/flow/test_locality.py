@@ -146,7 +146,7 @@ def test_the_tenant_is_charged_what_was_computed_in_the_end() -> None:
         worker="p1", seq=1, request_id="q1", attempt=0, stage=Stage.PREFILL, reason=Reason.STOP, output_tokens=1,
         cached_tokens=0,
     )  # fmt: skip
-    actual = d.core.ledger.costs.actual(d.core.ledger.entries[1], 1, 0)
+    actual = d.core.ledger.costs.actual(d.core.ledger.entries[1], 1, 0, 0)
     d.tell(end)
     assert actual == 1700 + 2
 

@@ -286,8 +286,8 @@ class World:
         elif job.grant.stage is Stage.PREFILL:
             job.held, job.lease_until_s = True, self.now_s + 30.0
             job.handed_off = HandedOff(worker=worker.name, seq=seq, request_id=job.of.request_id,
-                                       attempt=job.of.attempt, tokens=[1], pages=1, page_bytes=1, lease_s=30.0,
-                                       params=b"p")  # fmt: skip
+                                       attempt=job.of.attempt, tokens=[1], pages=1,
+                                       page_bytes=self.page_bytes(job.of), lease_s=30.0, params=b"p")  # fmt: skip
             worker.out.append(job.handed_off)
         else:
             self.complete(worker, seq, job)
@@ -307,12 +307,21 @@ class World:
         worker.out.append(
             Finished(worker=worker.name, seq=seq, request_id=job.of.request_id, attempt=job.of.attempt,
                      stage=job.grant.stage, reason=Reason.LENGTH, prompt_tokens=job.of.prompt_tokens,
-                     output_tokens=self.output_tokens(job.of))
+                     output_tokens=self.output_tokens(job.of),
+                     moved_bytes=self.moved_bytes(job.of) if job.grant.handoff else 0)
         )  # fmt: skip
 
     def output_tokens(self, of: Request) -> int:
         """With how many tokens it ends by itself."""
         return of.max_tokens
+
+    def page_bytes(self, of: Request) -> int:
+        """Size of the one page that it hands off."""
+        return 1
+
+    def moved_bytes(self, of: Request) -> int:
+        """What of it its decode worker does not have yet."""
+        return self.page_bytes(of)
 
     def abort(self, request_ids: list[str]) -> None:
         for worker in self.workers.values():
