@@ -3,7 +3,8 @@
 Adds to ``build/bench/flow.json``: ``share_error_simulated``, ``lag_over_bound`` (worst of all scenarios with it),
 ``victim_p99_ratio`` (p99 wait beside a flood over the one alone on the part of the pool that is the victim's),
 ``victim_p99_wait_s``, ``victim_entitled_p99_wait_s``, ``victim_p99_ttft_ratio`` and ``victim_p99_end_ratio`` (time to
-the end of the prompt, and of all, beside the flood over without it on the whole pool), ``srpt_mean_wait_ratio``,
+the end of the prompt, and of all, beside the flood over without it on the whole pool), ``victim_mean_slowdown`` and
+``victim_p99_slowdown`` (of single requests: time to the end over the same without a wait), ``srpt_mean_wait_ratio``,
 ``srpt_longest_wait_s``, ``slo_met``, ``dispatch_per_s``, ``tenants_5000_rate_ratio``, the CPU time of an arrival and
 of a decision with 10 and 5,000 tenants (``arrival_us``, ``tenants_5000_arrival_us``, ...), the whole table under
 ``table``; and from the real router and bus ``share_error``, ``dispatch_p50_ms`` and ``dispatch_p99_ms`` (publish to
@@ -95,11 +96,20 @@ def victims(run: Run, kind: type[Policy]) -> dict[str, float]:
     alone = simulate(arrivals.flood(times=0), kind)
     for key, times in (("victim_p99_ttft_ratio", ttfts_s), ("victim_p99_end_ratio", times_s)):
         figures[key] = victims_p99(run, times) / victims_p99(alone, times)
+    jobs = victims_jobs(run)
+    rate = run.scenario.slot_rate
+    slowdowns = [1 + wait_s * rate / job.cost for wait_s, job in zip(waits_s(run, jobs), jobs, strict=True)]
+    figures["victim_mean_slowdown"] = mean(slowdowns)
+    figures["victim_p99_slowdown"] = percentile(slowdowns, 0.99)
     return figures
 
 
 def victims_p99(run: Run, times: Callable[[Run, list[Job]], list[float]]) -> float:
-    return percentile(times(run, [job for job in run.scenario.jobs if job.tenant in run.scenario.victims]), 0.99)
+    return percentile(times(run, victims_jobs(run)), 0.99)
+
+
+def victims_jobs(run: Run) -> list[Job]:
+    return [job for job in run.scenario.jobs if job.tenant in run.scenario.victims]
 
 
 def show(scenario: Scenario, rows: dict[str, dict[str, float]]) -> None:
