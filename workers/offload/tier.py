@@ -32,6 +32,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 from llmserve.kvstore.codec import Codec, PageKind, encryption_key
 from llmserve.kvstore.keys import PageKey
 from llmserve.kvstore.notices import Notifier, socket_path
+from llmserve.kvstore.priority import yield_to_the_engine
 from llmserve.kvstore.quantize import Bytes
 from llmserve.kvstore.tiers import Tiers, TierStats
 from llmserve.kvstore.transfer.pacing import TokenBucket
@@ -39,7 +40,7 @@ from llmserve.workers.offload.known import KnownPages, NamedPage
 from llmserve.workers.offload.loop import LoopThread
 from llmserve.workers.offload.params import NOBODY, kept_tokens, page_compute_s, space_of_request
 from llmserve.workers.offload.settings import from_builtins, make_stores, meeting_place
-from llmserve.workers.offload.writing import Outgoing, WriteBehind, parents_of, yield_to_the_engine
+from llmserve.workers.offload.writing import Outgoing, WriteBehind, parents_of
 
 if TYPE_CHECKING:
     from vllm.v1.kv_offload.base import OffloadingSpec, OffloadKey, ReqContext, ScheduleEndContext

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -87,8 +85,3 @@ def parents_of(context: ReqContext, keys: Collection[bytes]) -> dict[bytes, byte
             found[bytes(key)] = before[group]
         before[group] = get_offload_block_hash(key)
     return found
-
-
-def yield_to_the_engine() -> None:
-    # Linux keeps priorities by thread: what is written behind must not slow down what is computed.
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -50,6 +51,28 @@ async def test_a_read_only_disk_refuses_writes_and_still_reads(small_disk: Path)
     with pytest.raises(StoreError, match="Read-only"):
         await store.write(PATH.replace("00.0", "01.0"), b"data")
     assert await store.read(PATH) == b"data"
+    await store.close()
+
+
+async def test_reads_do_not_wait_for_writes_that_hang(tmp_path: Path) -> None:
+    goes_on = threading.Event()
+
+    class HangingStore(FilesystemStore):
+        def _write(self, path: str, data: bytes) -> None:
+            goes_on.wait()
+            super()._write(path, data)
+
+    store = HangingStore("disk", tmp_path, threads=2)
+    (tmp_path / PATH).parent.mkdir(parents=True)
+    (tmp_path / PATH).write_bytes(b"data")
+    writes = [asyncio.create_task(store.write(f"{PATH}{number}", b"more")) for number in range(5)]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        assert await store.read(PATH) == b"data"
+        assert await store.contains([PATH]) == 1
+    assert not any(write.done() for write in writes)
+    goes_on.set()
+    await asyncio.gather(*writes)
     await store.close()
 
 
