@@ -22,6 +22,7 @@ from llmserve.bus.cache_salt import request_salt
 from llmserve.kvstore.codec import Codec, PageKind
 from llmserve.kvstore.keys import PageKey, space_of
 from llmserve.kvstore.notices import Notifier, socket_path
+from llmserve.kvstore.priority import yield_to_the_engine
 from llmserve.kvstore.quantize import Bytes
 from llmserve.kvstore.tiers import Tiers
 from llmserve.kvstore.transfer.pacing import TokenBucket
@@ -32,10 +33,14 @@ from llmserve.workers.engine.simulated import SimulatedEngine, SimulatedSettings
 from llmserve.workers.engine.simulated_pages import PagePool
 from llmserve.workers.engine.wire import decode_body
 from llmserve.workers.offload.settings import make_stores, meeting_place
+from llmserve.workers.offload.writing import Outgoing, WriteBehind
 
 _FLUSH_S = 0.1
-_WRITES = 64
-"""Pages on their way to the folder at most; of what is more the end of each prefix is not kept."""
+_WAITING_BYTES = 256 * 2**20
+_PARALLEL = 4
+_BACKLOG = 0.25
+"""Of DRAM that may be on its way to the folder; of what is more the end of each prefix is not kept. All as in
+``PageTier``."""
 
 
 class TieredPool(PagePool):
@@ -46,10 +51,11 @@ class TieredPool(PagePool):
         self.rows: dict[int, Bytes] = {}
         """In the order of ``_dram``."""
         self.on_disk: set[int] = set()
+        """What was found or written there."""
         self.computed: list[int] = []
-        """Named since the last step, and nowhere below."""
-        self.awaited: list[int] = []
-        """Named since the last step, whose bytes are below."""
+        """Named since the last step, and not known to be below."""
+        self.loaded: list[int] = []
+        """Named since the last step, whose bytes are in DRAM."""
         self._ground = np.random.default_rng(0).integers(0, 255, page_bytes).astype(np.uint8)
 
     def bytes_of(self, number: int) -> Bytes:
@@ -58,24 +64,25 @@ class TieredPool(PagePool):
         page[:SHORT_BYTES] = np.frombuffer(number.to_bytes(SHORT_BYTES, "big"), np.uint8)
         return page
 
-    def loadable(self, hashes: Sequence[int]) -> int:
-        below = (number in self._dram or number in self.on_disk for number in hashes)
-        return next((count for count, here in enumerate(below) if not here), len(hashes))
-
     def name(self, number: int) -> bool:
         new = super().name(number)
-        if new:
-            below = number in self._dram or number in self.on_disk
-            (self.awaited if below else self.computed).append(number)
+        if new and number in self._dram:
+            self.loaded.append(number)
+        elif new and number not in self.on_disk:
+            self.computed.append(number)
         return new
 
-    def _demote(self, number: int) -> None:
+    def put(self, number: int, page: Bytes) -> None:
+        """Into DRAM."""
         super()._demote(number)
         self.rows.pop(number, None)
         if self.dram_pages:
-            self.rows[number] = self.bytes_of(number)
+            self.rows[number] = page
         if len(self.rows) > self.dram_pages:
             del self.rows[next(iter(self.rows))]
+
+    def _demote(self, number: int) -> None:
+        self.put(number, self.bytes_of(number))
 
 
 class TieredEngine(SimulatedEngine):
@@ -89,21 +96,26 @@ class TieredEngine(SimulatedEngine):
         self._storage = folder
         self._space = space_of(tenant, {})
         self._rates = LoadRates([folder])
-        self._loading, self._storing = ThreadPoolExecutor(2), ThreadPoolExecutor(1)
-        self._behind: set[asyncio.Task[None]] = set()
+        self._loading = ThreadPoolExecutor(2)
+        self._storing = ThreadPoolExecutor(1, initializer=yield_to_the_engine)
+        self._backlog = int(limits.dram_pages * _BACKLOG)
+        self._behind = 0
+        """Pages that are being written."""
+        self._jobs: set[asyncio.Task[None]] = set()
         self.dropped = self.loaded = 0
         """Pages that were not written; that were read from the folder."""
 
     async def start(self) -> EngineInfo:
         self._notifier = Notifier(socket_path(meeting_place((self._storage,))))
         self._tiers = Tiers(
-            make_stores((self._storage,)),
+            make_stores((self._storage,), threads=_PARALLEL),
             Codec(PageKind("bf16", self.settings.page_bytes, 64), "zstd"),
             self._loading,
             storing=self._storing,
             bucket=TokenBucket(math.inf, 1.0, time.monotonic()),
             notify=self._notifier.add,
         )
+        self._writing = WriteBehind(self._tiers, _WAITING_BYTES, _PARALLEL)
         self._begin(self._flush())
         return await super().start()
 
@@ -111,7 +123,8 @@ class TieredEngine(SimulatedEngine):
         self._begin(self._look(work))
 
     async def _look(self, work: Work) -> None:
-        """Ask the folder for what this engine has not, before the work is queued, as vLLM's offloading does."""
+        """Bring what the folder has of the prompt to DRAM before the work is queued; others go on meanwhile, as with
+        vLLM's offloading."""
         body, page_tokens = decode_body(work.body), self.settings.limits.page_tokens
         salt = request_salt(work.owner_salt, body.cache_salt)
         hashes = unpack_short(short_hashes(body.prompt, page_tokens, salt))[: (len(body.prompt) - 1) // page_tokens]
@@ -120,37 +133,35 @@ class TieredEngine(SimulatedEngine):
         if here < len(hashes):
             compute_s = page_tokens / work.compute_tokens_s if work.compute_tokens_s else math.inf
             more = await self._tiers.held([self._key(number) for number in hashes[here:]], compute_s)
-            self._pool.on_disk.update(hashes[here : here + more])
+            await asyncio.gather(*(self._bring(number) for number in hashes[here : here + more]))
         super().submit(work)
 
+    async def _bring(self, number: int) -> None:
+        page = np.empty(self.settings.page_bytes, np.uint8)
+        if not await self._tiers.load(self._key(number), page):
+            raise AssertionError(f"page {number:x} was there and cannot be loaded")
+        self._pool.on_disk.add(number)
+        self._pool.put(number, page)
+
     async def _pass_time(self, seconds: float) -> None:
-        awaited, self._pool.awaited = self._pool.awaited, []
-        begun_s = time.monotonic()
-        await asyncio.gather(*(self._fetch(number) for number in awaited))
-        # What really took its time is not caught up with.
-        self._step_due_s += time.monotonic() - begun_s
+        loaded, self._pool.loaded = self._pool.loaded, []
+        for number in loaded:
+            page = self._pool.rows.get(number)
+            same = page is None or np.array_equal(page, self._pool.bytes_of(number))
+            assert same, f"page {number:x} is another"
         await super()._pass_time(seconds)
         computed, self._pool.computed = self._pool.computed, []
-        room = max(0, _WRITES - len(self._behind))
+        room = max(0, self._backlog - self._behind)
         self.dropped += len(computed[room:])
-        for number in computed[:room]:
-            self._begin(self._keep(number))
+        if computed[:room]:
+            self._begin(self._keep(computed[:room]))
 
-    async def _fetch(self, number: int) -> None:
-        page = self._pool.rows.get(number)
-        if page is None:
-            page = np.empty(self.settings.page_bytes, np.uint8)
-            if not await self._tiers.load(self._key(number), page):
-                raise AssertionError(f"page {number:x} was there and cannot be loaded")
-        assert np.array_equal(page, self._pool.bytes_of(number)), f"page {number:x} is another"
-
-    async def _keep(self, number: int) -> None:
-        key = self._key(number)
-        if not await self._tiers.has(key):
-            data = await self._tiers.encoded(key, self._pool.bytes_of(number), b"")
-            if data is None or not await self._tiers.write(key, data):
-                return
-        self._pool.on_disk.add(number)
+    async def _keep(self, numbers: Sequence[int]) -> None:
+        self._behind += len(numbers)
+        pages = [Outgoing(self._key(number), b"", self._pool.bytes_of(number)) for number in numbers]
+        kept = await self._writing.keep(pages, encoded=lambda moved: None)
+        self._behind -= len(numbers)
+        self._pool.on_disk.update(number for number, there in zip(numbers, kept, strict=True) if there)
 
     def _key(self, number: int) -> PageKey:
         return PageKey(self._fingerprint, self._space, number.to_bytes(SHORT_BYTES, "big"))
@@ -169,18 +180,18 @@ class TieredEngine(SimulatedEngine):
 
     def _begin(self, job: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(job)
-        self._behind.add(task)
+        self._jobs.add(task)
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._behind.discard(task)
+        self._jobs.discard(task)
         if not task.cancelled():
             task.result()
 
     async def close(self) -> None:
-        for task in self._behind:
+        for task in self._jobs:
             task.cancel()
-        await asyncio.gather(*self._behind, return_exceptions=True)
+        await asyncio.gather(*self._jobs, return_exceptions=True)
         await self._tiers.close()
         self._notifier.close()
         self._loading.shutdown()
