@@ -48,7 +48,7 @@ from llmserve.workers.kv import KvService
 from llmserve.workers.metrics import WorkerMetrics
 from llmserve.workers.reports import Identity
 from llmserve.workers.worker import Worker, WorkerSettings
-from tests.bench.mooncake import BLOCK, Ask, TraceLine, asks, compression, read_trace
+from tests.bench.mooncake import BLOCK, Ask, TraceLine, asks, compression, read_trace, reusable
 from tests.bench.tiered import TieredEngine
 from tests.processes import ROOT
 
@@ -62,6 +62,9 @@ PAGE_BYTES = 16384
 TIMING = Timing(step_s=0.005, prefill_s_per_token=400e-6, decode_s_per_request=20e-6, load_s_per_page=320e-6)
 """A page comes into the engine's memory in a twentieth of the time in which its 16 tokens are computed, and before
 that from the folder in the time that this takes."""
+LOAD = 0.85
+"""Of the prefill engines, were nothing reused: as much as they can have without a queue that grows for ever, less a
+margin for the trace's bursts."""
 SALT = CacheSalts("", {}).worker_salt("t", None)
 
 
@@ -257,6 +260,7 @@ def show(name: str, outcome: Outcome) -> None:
 async def compare(lines: Sequence[TraceLine], load: float, *, reuse: bool) -> float:
     faster = compression(lines, PREFILLERS, TIMING.prefill_s_per_token, load)
     requests, name = asks(lines, faster, reuse=reuse), f"{'trace' if reuse else 'no reuse'}, load {load:g}"
+    print(f"{name}: {len(requests)} requests, of whose tokens a cache could reuse {reusable(requests):.1%}")
     robin = await measure(requests, RoundRobin(), None)
     show(f"{name}: round robin, no tiers", robin)
     with tempfile.TemporaryDirectory(prefix="bench-trace-") as folder:
@@ -268,15 +272,13 @@ async def compare(lines: Sequence[TraceLine], load: float, *, reuse: bool) -> fl
     return local.mean_s / robin.mean_s
 
 
-def figures(
-    trace: Path = TRACE, requests: int = 700, load: float = 1.0, no_reuse_load: float = 0.85
-) -> dict[str, float]:
-    """Both ratios; ``load``: of the prefill engines, if nothing were reused."""
+def figures(trace: Path = TRACE, requests: int = 700, load: float = LOAD) -> dict[str, float]:
+    """Both ratios, of the first so many requests."""
     lines = read_trace(trace, requests)
     print(f"{'TTFT':<42}{'mean ms':>10}{'p50 ms':>10}{'p99 ms':>10}{'cached':>9}{'s':>8}")
     return {
         "trace_ttft_ratio": asyncio.run(compare(lines, load, reuse=True)),
-        "no_reuse_ttft_ratio": asyncio.run(compare(lines, no_reuse_load, reuse=False)),
+        "no_reuse_ttft_ratio": asyncio.run(compare(lines, load, reuse=False)),
     }
 
 
@@ -284,10 +286,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trace", type=Path, default=TRACE, help="also by the folder in $LLMSERVE_TRACES")
     parser.add_argument("--requests", type=int, default=700, help="the first so many of the trace")
-    parser.add_argument("--load", type=float, default=1.0, help="of the prefill engines, if nothing were reused")
-    parser.add_argument("--no-reuse-load", type=float, default=0.85)
+    parser.add_argument("--load", type=float, default=LOAD, help="of the prefill engines, if nothing were reused")
     options = parser.parse_args()
-    for name, value in figures(options.trace, options.requests, options.load, options.no_reuse_load).items():
+    for name, value in figures(options.trace, options.requests, options.load).items():
         print(f"{name:<24}{value:>8.3f}")
 
 

@@ -64,3 +64,20 @@ def compression(lines: Sequence[TraceLine], engines: int, prefill_s_per_token: f
     tokens = sum(max(1, round(line.input_length / SHRINK)) for line in lines)
     busy_s = tokens * prefill_s_per_token / engines
     return (lines[-1].timestamp - lines[0].timestamp) / 1e3 / (busy_s / load)
+
+
+def reusable(requests: Sequence[Ask]) -> float:
+    """Part of all prompt tokens that a cache which forgets nothing would not compute: whole blocks at the beginning
+    of a prompt that an earlier one began with, but for its last token."""
+    seen: set[int] = set()
+    reused = total = 0
+    for ask in requests:
+        prefix = 0
+        leading = True
+        for end in range(BLOCK, len(ask.prompt) + 1, BLOCK):
+            prefix = hash((prefix, *ask.prompt[end - BLOCK : end]))
+            leading = leading and prefix in seen
+            reused += BLOCK if leading and end < len(ask.prompt) else 0
+            seen.add(prefix)
+        total += len(ask.prompt)
+    return reused / total
