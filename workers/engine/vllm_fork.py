@@ -7,6 +7,7 @@ once, while this one does, and the children share its memory.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import multiprocessing
 import os
@@ -63,6 +64,7 @@ class EngineContext(ForkServerContext):
         self.set_forkserver_preload(list(loaded))
         self._environment = _read_when_loaded()
         forkserver.ensure_running()
+        atexit.register(_end_fork_server)
 
     def fits(self) -> bool:
         """Whether a child may come from the server: what its libraries read when they were loaded still holds."""
@@ -89,6 +91,14 @@ def fork_engines() -> None:
 def _context() -> EngineContext | SpawnContext:
     context = engine_context()
     return context if context.fits() else multiprocessing.get_context("spawn")
+
+
+def _end_fork_server() -> None:
+    # By itself it would end with this process too, but only after it has taken down for seconds what it has loaded.
+    server = forkserver._forkserver
+    pid: int | None = getattr(server, "_forkserver_pid", None)
+    if pid is not None:
+        os.kill(pid, signal.SIGKILL)
 
 
 def _become(environment: dict[str, str]) -> None:
