@@ -45,17 +45,22 @@ def client(pd: Stack) -> openai.OpenAI:
 
 
 @pytest.fixture(scope="package")
-def exact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """``pd`` as ``EXACT`` has it, without a parser."""
+def exact_starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("exact")
     stack = Stack(manifest_with("local.yaml", folder, EXACT), folder / "up.log")
     with running(stack):
-        yield stack.ready()
+        yield stack
+
+
+@pytest.fixture
+def exact(exact_starting: Stack) -> Stack:
+    """``pd`` as ``EXACT`` has it, without a parser."""
+    return exact_starting.ready()
 
 
 @pytest.fixture(scope="module")  # engines that idle take memory
-def one_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of vLLM's own server with one engine, with the settings of ``exact``."""
+def one_engine(tmp_path_factory: pytest.TempPathFactory, exact_starting: Stack) -> Iterator[str]:
+    """URL of vLLM's own server with one engine, with the settings of ``exact``; both start at once."""
     with vllm_server(tmp_path_factory.mktemp("vllm"), "--no-enable-prefix-caching", dtype="float32") as url:
         yield url
 

@@ -130,13 +130,12 @@ class Clients:
 
 @pytest.fixture(scope="module")
 def by_hand(services: Services) -> Iterator[Process]:
-    """A second decode worker."""
+    """A second decode worker, which is starting."""
     port = services.metrics_ports["by-hand"] = free_port()
     command = [str(BIN / "llmserve-worker"), "--role", "decode", "--manifest", str(services.manifest)]
     command += ["--nats", services.nats_url, "--metrics-port", str(port), "--name", "by-hand"]
     env = {"API_KEY": services.key, "NATS_URL": services.nats_url}
     process = services.processes["by-hand"] = Process("by hand", command, services.folder / "by-hand.log", env)
-    process.wait_for_line("ready after", 120)
     yield process
     process.end()
     del services.processes["by-hand"]
@@ -165,6 +164,7 @@ async def test_no_stream_of_any_kind_shows_that_its_decode_worker_was_killed(
     stop = late_in(whole)
     stopped = {"stop": {**CONTINUED["greedy"], "prompt": f"{PROMPT} greedy", "stop": stop}}
     before = resubmissions(services)
+    await asyncio.to_thread(by_hand.wait_for_line, "ready after", 120)
 
     # The second worker is away for as long as it takes to be forgotten, so that everything begins on the first.
     by_hand.child.send_signal(signal.SIGSTOP)
