@@ -14,6 +14,7 @@ _LIBRARIES = {"nixl": ("nixl",), "ucxx": ("ucxx", "ucxx-cu13", "ucxx-cu12"), "to
 """Module, and the distributions that may bring it."""
 _SMI_TIMEOUT_S = 10.0
 _RDMA = Path("/sys/class/infiniband")
+_CPU = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,8 @@ class Machine:
     """Names of RDMA devices."""
     gpu_note: str = ""
     """Why the GPUs could not be listed, if they could not."""
+    avx512: bool = True
+    """Whether the CPU has AVX-512; taken for granted where it is not x86."""
 
 
 def probe_machine() -> Machine:
@@ -50,6 +53,7 @@ def probe_machine() -> Machine:
         libraries={name: version for name in _LIBRARIES if (version := _version(name))},
         rdma=_rdma_devices(),
         gpu_note=note,
+        avx512=has_avx512(_CPU.read_text()) if _CPU.is_file() else True,
     )
 
 
@@ -57,6 +61,12 @@ def parse_gpus(listing: str) -> tuple[Gpu, ...]:
     """``nvidia-smi``'s CSV of name and memory in MiB. Raises ``ValueError`` on anything else."""
     lines = [line.rsplit(",", 1) for line in listing.splitlines() if line.strip()]
     return tuple(Gpu(name.strip(), int(mebibytes) * 2**20) for name, mebibytes in lines)
+
+
+def has_avx512(cpuinfo: str) -> bool:
+    """Whether a CPU that ``/proc/cpuinfo`` describes so has it, or is not x86."""
+    flags = next((line for line in cpuinfo.splitlines() if line.startswith("flags")), None)
+    return flags is None or "avx512f" in flags.split()
 
 
 def _gpus() -> tuple[tuple[Gpu, ...], str]:

@@ -23,6 +23,7 @@ from llmserve.manifests.sizes import (
     engine_transfer_gbps,
     max_model_len,
     page_shape,
+    with_dtype,
 )
 
 
@@ -62,6 +63,7 @@ def make_plan(
     manifest: Manifest, machine: Machine, primary: ModelShape | None = None, draft: ModelShape | None = None
 ) -> Plan:
     """The plan. ``primary`` and ``draft`` are the models' shapes, None for a model whose files are not here."""
+    asked, manifest = manifest, with_dtype(manifest, machine)
     spec = manifest.spec
     on = device(manifest, machine)
     block = block_size(page_shape(manifest, primary), spec.kv_cache.page_size_kb, on) if primary else None
@@ -73,7 +75,7 @@ def make_plan(
     memory = host_memory(manifest, on, roles)
     return Plan(
         deployment=manifest.metadata.name,
-        model=_model_text(manifest),
+        model=_model_text(manifest, asked.spec.models.primary.dtype),
         engine=spec.engine.kind,
         device=on,
         mode=spec.deployment.mode,
@@ -89,9 +91,10 @@ def make_plan(
     )
 
 
-def _model_text(manifest: Manifest) -> str:
+def _model_text(manifest: Manifest, asked_dtype: str) -> str:
     models = manifest.spec.models
-    parts = [models.primary.id, models.primary.dtype]
+    dtype = models.primary.dtype
+    parts = [models.primary.id, dtype if dtype == asked_dtype else f"{dtype} as this CPU has no fast bf16"]
     if models.primary.served_name and models.primary.served_name != models.primary.id:
         parts.append(f"served as {models.primary.served_name}")
     if engine_ranks(manifest) > 1:

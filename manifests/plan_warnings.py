@@ -8,8 +8,17 @@ from llmserve.manifests.machine import Machine
 from llmserve.manifests.models import ModelShape
 from llmserve.manifests.roles import RolePlan
 from llmserve.manifests.schema import Manifest
-from llmserve.manifests.sizes import GB, BlockSize, decode_engines, engine_ranks, max_model_len, prefill_engines
+from llmserve.manifests.sizes import (
+    GB,
+    BlockSize,
+    decode_engines,
+    device,
+    engine_ranks,
+    max_model_len,
+    prefill_engines,
+)
 
+NO_FP8 = "needs AVX-512 on CPUs, which this one does not have: allowed are auto, bf16, fp16"
 NO_PIPELINE_ON_CPUS = "needs GPUs: on CPUs vLLM 0.32's engine ends at its first step"
 
 
@@ -50,6 +59,11 @@ def _device_warnings(manifest: Manifest, machine: Machine, roles: tuple[RolePlan
     spec = manifest.spec
     if spec.engine.kind == "simulated":
         return
+    if spec.models.primary.dtype in ("bf16", "fp16") and device(manifest, machine) == "cpu" and not machine.avx512:
+        yield (
+            f"models.primary.dtype: {spec.models.primary.dtype}: this CPU is several times faster in fp32, which "
+            "auto would take"
+        )
     resources, ranks = spec.deployment.resources, engine_ranks(manifest)
     wish = sum(
         replicas * max(gpus, ranks)
@@ -59,6 +73,8 @@ def _device_warnings(manifest: Manifest, machine: Machine, roles: tuple[RolePlan
         )
         if gpus
     )
+    if spec.kv_cache.hbm_dtype == "fp8" and device(manifest, machine) == "cpu" and not machine.avx512:
+        yield f"kv_cache.hbm_dtype: fp8 {NO_FP8}; no worker will start"
     stages = spec.models.primary.pipeline_parallel
     if stages > 1 and not (wish and machine.gpus):
         yield f"pipeline_parallel {stages} {NO_PIPELINE_ON_CPUS}; no worker will start"

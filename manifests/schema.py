@@ -36,6 +36,7 @@ class PrimaryModel(Part, frozen=True, kw_only=True):
     served_name: str = ""
     """Name that clients use; the id by default."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """The model's own by default, fp32 on CPUs that are slow in it."""
     max_model_len: Positive | None = None
     """Tokens of prompt and output together; the model's own limit by default."""
     tensor_parallel: Positive = 1

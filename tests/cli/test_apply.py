@@ -36,7 +36,9 @@ def _written(tmp_path: Path, text: str) -> Path:
 
 
 def test_a_good_manifest_shows_its_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path) -> None:
-    code, out, err = _apply(capsys, _written(tmp_path, small("kv_cache: {page_size_kb: 700}", f"id: {model}")))
+    code, out, err = _apply(
+        capsys, _written(tmp_path, small("kv_cache: {page_size_kb: 700}", f"id: {model}, dtype: bf16"))
+    )
     assert (code, err) == (0, "")
     assert "KV block         32 tokens, 720 KB a page on each rank (700 KB asked for, 720 KB is nearest" in out
     for heading in ("prefill", "decode", "budgets", "tiers", "transfer engines, in order", "memory"):

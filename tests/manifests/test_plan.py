@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmserve.manifests.loader import load, parse
-from llmserve.manifests.machine import Gpu, Machine, parse_gpus, probe_machine
+from llmserve.manifests.machine import Gpu, Machine, has_avx512, parse_gpus, probe_machine
 from llmserve.manifests.models import ModelShape
 from llmserve.manifests.plan import make_plan
 from llmserve.manifests.sizes import (
@@ -21,6 +21,7 @@ from llmserve.manifests.sizes import (
     engine_kv_space_bytes,
     engine_transfer_gbps,
     page_shape,
+    with_dtype,
 )
 from tests.manifests.samples import EXAMPLE, SHIPPED, manifest
 
@@ -179,10 +180,58 @@ _GPUS = "deployment: {resources: {prefill_gpu: 1, decode_gpu: 1}}"
         (f"{_GPUS}, engine: {{kv_space_gb: 150}}", "id: m", TWO_GPUS, "on each GPU needed"),
         ("deployment: {replicas: {prefill: 2}}", "id: m", LAPTOP, "3 engine threads share 2 cores"),
         ("deployment: {resources: {prefill_gpu: 2, decode_gpu: 1}}", "id: m", TWO_GPUS, "uses 1"),
+        ("", "id: m, dtype: bf16", replace(LAPTOP, avx512=False), "models.primary.dtype: bf16"),
+        ("kv_cache: {hbm_dtype: fp8}", "id: m", replace(LAPTOP, avx512=False), "fp8 needs AVX-512"),
     ],
 )
 def test_what_will_not_fit_is_a_warning(spec: str, primary: str, machine: Machine, words: str) -> None:
     assert any(words in warning for warning in make_plan(manifest(spec, primary), machine, SMOLLM2).warnings)
+
+
+OLD_LAPTOP, OLD_HOST = replace(LAPTOP, avx512=False), replace(TWO_GPUS, avx512=False)
+
+
+@pytest.mark.parametrize(
+    ("primary", "spec", "machine", "dtype"),
+    [
+        ("id: m", "", LAPTOP, "auto"),
+        ("id: m", "", OLD_LAPTOP, "fp32"),
+        ("id: m, dtype: bf16", "", OLD_LAPTOP, "bf16"),
+        ("id: m", "kv_cache: {hbm_dtype: bf16}", OLD_LAPTOP, "auto"),
+        ("id: m", "engine: {kind: simulated}", OLD_LAPTOP, "auto"),
+        (
+            "id: m",
+            "deployment: {resources: {prefill_gpu: 1, decode_gpu: 1}}",
+            OLD_HOST,
+            "auto",
+        ),
+    ],
+)
+def test_auto_is_fp32_where_the_engines_run_on_a_cpu_that_is_slow_in_bf16(
+    primary: str, spec: str, machine: Machine, dtype: str
+) -> None:
+    assert with_dtype(manifest(spec, primary), machine).spec.models.primary.dtype == dtype
+
+
+def test_the_plan_says_why_it_is_fp32_and_sizes_follow() -> None:
+    fast, slow = (make_plan(load(SHIPPED / "local.yaml"), machine, SMOLLM2) for machine in (LAPTOP, OLD_LAPTOP))
+    assert fast.model == "smollm2-135m, auto"
+    assert slow.model == "smollm2-135m, fp32 as this CPU has no fast bf16"
+    assert fast.pages is not None
+    assert slow.pages == fast.pages // 2
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "found"),
+    [
+        ("flags\t\t: fpu avx avx2 fma\n", False),
+        ("flags\t\t: fpu avx2 avx512f avx512bw\n", True),
+        ("Features\t: fp asimd\n", True),
+        ("", True),
+    ],
+)
+def test_avx_512_shows_in_the_flags_of_an_x86_cpu(cpuinfo: str, found: bool) -> None:
+    assert has_avx512(cpuinfo) is found
 
 
 def test_a_model_that_is_not_here_leaves_its_sizes_unknown() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from llmserve.bus.messages import Role
 from llmserve.manifests.machine import probe_machine
 from llmserve.manifests.models import ModelError, ModelFiles, ModelShape, hub_folder, model_shape, resolve_model
-from llmserve.manifests.plan_warnings import NO_PIPELINE_ON_CPUS
+from llmserve.manifests.plan_warnings import NO_FP8, NO_PIPELINE_ON_CPUS
 from llmserve.manifests.schema import Manifest
 from llmserve.manifests.sizes import (
     block_size,
@@ -20,6 +20,7 @@ from llmserve.manifests.sizes import (
     max_model_len,
     page_shape,
     prefill_engines,
+    with_dtype,
 )
 from llmserve.workers.engine.base import Engine, EngineError
 
@@ -48,6 +49,7 @@ def make_engine(
     processes reach this one. ``gpus`` are the engine's, all that the process sees by default.
     Raises ``EngineError``.
     """
+    manifest = with_dtype(manifest, probe_machine())
     try:
         if manifest.spec.engine.kind == "simulated":
             return _simulated(manifest, host)
@@ -89,10 +91,13 @@ def _options(
 
     files = resolve_model(manifest.spec.models.primary.id)
     draft = manifest.spec.models.draft
-    on = device(manifest, probe_machine())
+    machine = probe_machine()
+    on = device(manifest, machine)
     alone = on == "cpu" and engine_ranks(manifest) == 1
     if on == "cpu" and (stages := manifest.spec.models.primary.pipeline_parallel) > 1:
         raise EngineError(f"spec.models.primary.pipeline_parallel: {stages} {NO_PIPELINE_ON_CPUS}")
+    if on == "cpu" and manifest.spec.kv_cache.hbm_dtype == "fp8" and not machine.avx512:
+        raise EngineError(f"spec.kv_cache.hbm_dtype: fp8 {NO_FP8}")
     return VllmOptions(
         model_path=files.path,
         model_local=files.local,

@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+import msgspec
+
 from llmserve.bus import frames
 from llmserve.bus.messages import KvChange, Role, Stage
+from llmserve.manifests.machine import probe_machine
 from llmserve.manifests.models import resolve_model
 from llmserve.manifests.schema import (
     Engine,
@@ -21,6 +24,7 @@ from llmserve.manifests.schema import (
     Spec,
     Transfer,
 )
+from llmserve.manifests.sizes import with_dtype
 from llmserve.workers.engine.base import EngineInfo, EngineOutput, Offer, Work
 from llmserve.workers.engine.base import Transfer as Moved
 from llmserve.workers.engine.vllm import VllmEngine
@@ -44,13 +48,13 @@ def manifest(
     step_tokens: int | None = None,
     **transfer: Any,
 ) -> Manifest:
-    """Small KV space, no prefix caching by default: what is computed shows. ``model`` replaces fields of the primary
-    model."""
-    return Manifest(
+    """Small KV space, in bf16 (in fp32 it has as many pages), no prefix caching by default: what is computed shows.
+    ``model`` replaces fields of the primary model."""
+    made = Manifest(
         metadata=Metadata(name="test"),
         spec=Spec(
             models=Models(
-                primary=PrimaryModel(**{"id": MODEL, "dtype": "bf16", "max_model_len": 2048, **(model or {})}),
+                primary=PrimaryModel(**{"id": MODEL, "max_model_len": 2048, **(model or {})}),
             ),
             engine=Engine(
                 enforce_eager=True, kv_space_gb=kv_space_gb, max_num_seqs=16, max_num_batched_tokens=step_tokens
@@ -59,6 +63,12 @@ def manifest(
             transfer=Transfer(**transfer),
         ),
     )
+    decided = with_dtype(made, probe_machine())
+    if decided is made:
+        return made
+    engine = msgspec.structs.replace(made.spec.engine, kv_space_gb=2 * kv_space_gb)
+    cache = msgspec.structs.replace(made.spec.kv_cache, dram_gb=None if dram_gb is None else 2 * dram_gb)
+    return msgspec.structs.replace(decided, spec=msgspec.structs.replace(decided.spec, engine=engine, kv_cache=cache))
 
 
 def body(prompt: list[int], max_tokens: int = 12, *, cache_salt: str | None = None, **params: Any) -> bytes:

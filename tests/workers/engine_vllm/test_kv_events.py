@@ -17,14 +17,14 @@ pytestmark = pytest.mark.vllm
 Prompt = Callable[..., list[int]]
 
 BLOCK = 32
-DRAM_GB = 0.15
+KV_GB, DRAM_GB = 0.1, 0.15
 SALTS = CacheSalts("test", {"friends": ["ann", "bob"]})
 
 
 @pytest.fixture(scope="module")
 async def caching() -> AsyncIterator[Driver]:
     driver = await Driver.open(
-        Role.BOTH, "process", prefix_caching=True, kv_space_gb=0.1, dram_gb=DRAM_GB, block_tokens=BLOCK
+        Role.BOTH, "process", prefix_caching=True, kv_space_gb=KV_GB, dram_gb=DRAM_GB, block_tokens=BLOCK
     )
     yield driver
     await driver.close()
@@ -125,5 +125,5 @@ async def test_evicted_pages_are_told_and_what_is_told_is_there_for_their_owner_
     assert (loaded.first.cached_tokens, loaded.first.loaded_tokens) == (640, 640)
     for number in range(2):
         await caching.run(Stage.WHOLE, body(prompt(1500, f"More {number}."), 1))
-    pages = int(DRAM_GB * 2**30) // caching.info.page_bytes
+    pages = (caching.info.pages_total + 1) * DRAM_GB / KV_GB
     await caching.until(lambda: len(told(caching, Tier.DRAM)) <= pages, "no more is told than DRAM has room for")

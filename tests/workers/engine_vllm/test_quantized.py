@@ -8,9 +8,13 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from llmserve.bus.messages import Role, Stage
+from llmserve.manifests.machine import probe_machine
 from tests.workers.engine_vllm.driver import Driver, Pair, body
 
-pytestmark = pytest.mark.vllm
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(not probe_machine().avx512, reason="vLLM's fp8 cache needs AVX-512 on CPUs"),
+]
 
 
 @pytest.fixture(scope="module")
