@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
@@ -28,6 +29,8 @@ BATCH_TIERS = ("flex", "batch")
 TIERS = ("auto", "default", "flex", "batch", "scale", "priority")
 
 Create = Callable[..., Awaitable[Any]]
+_END = "}\n\n"
+"""Of an event."""
 
 
 def install_adjustments(app: FastAPI) -> None:
@@ -55,8 +58,7 @@ def adjust(request: Any) -> str | None:
         _pin_arguments(request.tools or ())
     if "service_tier" not in request.model_fields_set:
         return None
-    if "service_tier" in type(request).model_fields:
-        request.service_tier = tier  # vLLM tells what it was asked for
+    request.service_tier = tier  # vLLM's responses and the fast lane tell what they were asked for
     return tier
 
 
@@ -65,11 +67,20 @@ def _adjusted(create: Create) -> Create:
     async def adjusted(request: Any, *arguments: Any, **options: Any) -> Any:
         tier = adjust(request)
         made = await create(request, *arguments, **options)
+        if tier is not None and inspect.isasyncgen(made):
+            return _told(made, tier)
         if tier is not None and hasattr(made, "service_tier"):
             made.service_tier = tier
         return made
 
     return adjusted
+
+
+async def _told(events: AsyncIterator[Any], tier: str) -> AsyncIterator[str]:
+    """A stream whose chunks of chats, which have no such field with vLLM, say the tier."""
+    async for event in events:
+        is_chunk = '"object":"chat.completion.chunk"' in event
+        yield event.removesuffix(_END) + f',"service_tier":"{tier}"{_END}' if is_chunk else event
 
 
 def _choose_class(tier: object) -> str:

@@ -73,8 +73,10 @@ class StreamChunks:
         return filled.replace(_mark(_STOP), encode_json(stop_reason)).replace(_mark(_TEXT), encode_json(text))
 
 
-def chat_chunks(model: str, role: str, fingerprint: str | None, *, drops_empty: bool) -> Chunks:
-    """Events of ``/v1/chat/completions``; ``fingerprint`` stands in the last one.
+def chat_chunks(
+    model: str, role: str, fingerprint: str | None, tier: str | None = None, *, drops_empty: bool
+) -> Chunks:
+    """Events of ``/v1/chat/completions``; ``fingerprint`` stands in the last one, ``tier`` in all.
 
     ``drops_empty``: as vLLM does it when a tool parser stands between the tokens and the client.
     """
@@ -84,9 +86,11 @@ def chat_chunks(model: str, role: str, fingerprint: str | None, *, drops_empty: 
         ChatCompletionStreamResponse,
     )
 
+    told = {} if tier is None else {"service_tier": tier}
+
     def chunk(choice: ChatCompletionResponseStreamChoice, **fields: None) -> ChatCompletionStreamResponse:
         return ChatCompletionStreamResponse(
-            id=_ID, object="chat.completion.chunk", created=_CREATED, choices=[choice], model=model, **fields
+            id=_ID, object="chat.completion.chunk", created=_CREATED, choices=[choice], model=model, **fields, **told
         )
 
     def last(delta: DeltaMessage) -> Chunk:

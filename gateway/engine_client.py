@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from functools import partial
 from http import HTTPStatus
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from llmserve.bus.base import Bus, BusUnavailable, QueueFull
@@ -26,7 +28,7 @@ from llmserve.gateway.metrics import GatewayMetrics
 from llmserve.gateway.vllm_codec import VllmOutputs, VllmRequestCodec, refuse_unsupported
 
 if TYPE_CHECKING:
-    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+    from vllm.v1.engine.output_processor import OutputProcessor
 
     from llmserve.gateway.text_stream import TextStream
 
@@ -88,6 +90,20 @@ class BusEngineClient(EngineCoreClient):  # type: ignore[misc]
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Accept a request of the current caller. Raises what becomes a 400, 429 or 503."""
+        stream = current_stream.get()
+        if stream is not None:
+            stream.attach(request, self._requests.request_states[request.request_id].detokenizer)
+        await self._add(request, stream)
+
+    async def add_stream(self, request: EngineCoreRequest, stream: TextStream) -> None:
+        """The same for a request that ``AsyncLLM`` does not know."""
+        stream.attach(request, IncrementalDetokenizer.from_new_request(self._requests.tokenizer, request))
+        await self._add(request, stream)
+
+    async def _add(self, asked: EngineCoreRequest, stream: TextStream | None) -> None:
+        # As it is, it may be the pattern of others.
+        request = copy.copy(asked)
+        params = request.sampling_params = copy.copy(asked.sampling_params)
         caller = current_caller.get()
         if caller is None:
             raise RuntimeError("a request without a caller: the gateway's middleware is missing")
@@ -96,16 +112,14 @@ class BusEngineClient(EngineCoreClient):  # type: ignore[misc]
         try:
             refuse_unsupported(request)
             if caller.limiter is not None:
-                params, prompt_tokens = request.sampling_params, len(request.prompt_token_ids)
+                prompt_tokens = len(request.prompt_token_ids)
                 reservation = caller.limiter.reserve(prompt_tokens, params.max_tokens, time.monotonic())
                 params.max_tokens = reservation.max_tokens
             salt = request_salt(self._salts.owner(caller.tenant), request.cache_salt)
             page_salt = self._salts.worker_salt(caller.tenant, salt)
             codec = VllmRequestCodec(request, salt, self._encoder, page_salt)
             self._callers[local_id] = caller
-            if (stream := current_stream.get()) is not None:
-                state = self._state(local_id)
-                stream.attach(state.detokenizer, state.prompt_len)
+            if stream is not None:
                 self._streams[local_id] = stream
             settle = None if reservation is None else partial(_settle, reservation)
             await self.channel.open(local_id, caller.tenant, caller.klass, codec, caller.received_s, settle)
@@ -157,10 +171,9 @@ class BusEngineClient(EngineCoreClient):  # type: ignore[misc]
     def _finish(self, local_id: str) -> None:
         """A request of the fast lane is over: ``AsyncLLM`` forgets it as if it had seen its last output."""
         self._streams.pop(local_id, None)
-        self._requests._finish_request(self._state(local_id))
-
-    def _state(self, local_id: str) -> RequestState:
-        return self._requests.request_states[local_id]
+        state = self._requests.request_states.get(local_id)
+        if state is not None:
+            self._requests._finish_request(state)
 
     @property
     def _requests(self) -> OutputProcessor:
@@ -179,18 +192,18 @@ class BusEngineClient(EngineCoreClient):  # type: ignore[misc]
 
     def _end(self, local_id: str, error: RequestFailed) -> None:
         """Raise ``error`` from ``AsyncLLM.generate`` and stop the other choices of the same request."""
-        assert self._processor is not None
-        state = self._processor.request_states.get(local_id)
-        if state is None:
-            return
-        parent = state.parent_req
-        choices = [local_id] if parent is None else sorted({local_id, *parent.child_requests})
         stream = self._streams.pop(local_id, None)
         if stream is not None:
             stream.fail(error)
-        else:
+        state = self._requests.request_states.get(local_id)
+        if state is None:
+            self._callers.pop(local_id, None)
+            return
+        parent = state.parent_req
+        choices = [local_id] if parent is None else sorted({local_id, *parent.child_requests})
+        if stream is None:
             state.queue.put(error)
-        stopped = self._processor.abort_requests(choices, internal=True)
+        stopped = self._requests.abort_requests(choices, internal=True)
         for request_id in stopped:
             self._callers.pop(request_id, None)
         self.channel.cancel(stopped)

@@ -26,11 +26,10 @@ from llmserve.gateway.text_stream import TextStream
 class ChatLane:
     """Stands in for ``OpenAIServingChat.chat_completion_stream_generator``."""
 
-    def __init__(self, serving: OpenAIServingChat, engine: BusLLM) -> None:
+    def __init__(self, serving: OpenAIServingChat) -> None:
         self._serving = serving
-        self._engine = engine
         self._slow = serving.chat_completion_stream_generator
-        self._chunks: dict[tuple[str, str, bool, bool], Chunks] = {}
+        self._chunks: dict[tuple[str, str, bool, bool, str | None], Chunks] = {}
 
     def __call__(
         self,
@@ -57,17 +56,22 @@ class ChatLane:
                 chat_template_kwargs=chat_template_kwargs,
                 mm_token_counts=mm_token_counts,
             )
-        serving, wants_usage = self._serving, _wants_usage(request)
-        created_s = int(time.time())
+        role = self._serving.get_chat_request_role(request)
+        tier = (request.model_extra or {}).get("service_tier")
+        stream = self.stream(request_id, model_name, role, wants_usage=_wants_usage(request), tier=tier)
+        return FastStream(result_generator, stream)
+
+    def stream(
+        self, request_id: str, model_name: str, role: str, *, wants_usage: bool, tier: str | None = None
+    ) -> TextStream:
+        """The answer to a chat, not yet of any request; ``tier``: to be told, if one was asked for."""
+        serving, created_s = self._serving, int(time.time())
 
         def usage(stream: TextStream) -> bytes:
-            info = _usage(stream)
-            request_metadata.final_usage_info = info
             if not wants_usage:
                 return b""
-            details = _make_prompt_tokens_details(
-                serving.enable_prompt_tokens_details, stream.cached_tokens, 0, mm_token_counts
-            )
+            details = _make_prompt_tokens_details(serving.enable_prompt_tokens_details, stream.cached_tokens, 0, None)
+            info = _usage(stream)
             chunk = ChatCompletionStreamResponse(
                 id=request_id,
                 object="chat.completion.chunk",
@@ -77,13 +81,12 @@ class ChatLane:
                 usage=UsageInfo(**info.model_dump(exclude={"prompt_tokens_details"}), prompt_tokens_details=details),
                 system_fingerprint=serving.system_fingerprint,
                 metrics=None,
+                service_tier=tier,
             )
             return event(chunk, exclude_none=True)
 
-        role = serving.get_chat_request_role(request)
-        chunks = self._chunks_of(model_name, role, wants_usage).of_stream(request_id, created_s)
-        stream = TextStream(chunks, usage, _error_event(serving))
-        return FastStream(result_generator, self._engine, stream)
+        chunks = self._chunks_of(model_name, role, wants_usage, tier).of_stream(request_id, created_s)
+        return TextStream(chunks, usage, _error_event(serving))
 
     def _is_plain(self, request: ChatCompletionRequest) -> bool:
         """Whether the answer is one choice of text, as it comes from the detokenizer, without anything beside it."""
@@ -96,13 +99,13 @@ class ChatLane:
         passes_through = tool_parser is not None and not tool_parser.engine_based_streaming
         return parser.reasoning_parser_cls is None and passes_through and request.tool_choice == "none"
 
-    def _chunks_of(self, model: str, role: str, wants_usage: bool) -> Chunks:
+    def _chunks_of(self, model: str, role: str, wants_usage: bool, tier: str | None) -> Chunks:
         drops_empty = self._serving.parser_cls is not None
-        key = (model, role, wants_usage, drops_empty)
+        key = (model, role, wants_usage, drops_empty, tier)
         known = self._chunks.get(key)
         if known is None:
             fingerprint = None if wants_usage else self._serving.system_fingerprint
-            known = self._chunks[key] = chat_chunks(model, role, fingerprint, drops_empty=drops_empty)
+            known = self._chunks[key] = chat_chunks(model, role, fingerprint, tier, drops_empty=drops_empty)
         return known
 
 
@@ -144,12 +147,11 @@ class CompletionLane:
         serving, wants_usage = self._serving, _wants_usage(request)
 
         def usage(stream: TextStream) -> bytes:
+            if not wants_usage:
+                return b""
             info = _usage(stream)
             if serving.enable_prompt_tokens_details:
                 info.prompt_tokens_details = PromptTokenUsageInfo(cached_tokens=stream.cached_tokens)
-            request_metadata.final_usage_info = info
-            if not wants_usage:
-                return b""
             chunk = CompletionStreamResponse(
                 id=request_id,
                 created=created_time,
@@ -167,17 +169,18 @@ class CompletionLane:
             fingerprint = None if wants_usage else serving.system_fingerprint
             chunks = self._chunks[key] = completion_chunks(model_name, fingerprint)
         stream = TextStream(chunks.of_stream(request_id, created_time), usage, _error_event(serving))
-        return FastStream(generation, self._engine, stream)
+        return FastStream(generation, stream)
 
     @staticmethod
     def _is_plain(request: CompletionRequest) -> bool:
         return _is_plain(request) and request.logprobs is None
 
 
-def install_fast_lane(chat: OpenAIServingChat, completion: OpenAIServingCompletion, engine: BusLLM) -> None:
-    """Put both lanes in place of vLLM's generators of streams."""
-    chat.chat_completion_stream_generator = ChatLane(chat, engine)
+def install_fast_lane(chat: OpenAIServingChat, completion: OpenAIServingCompletion, engine: BusLLM) -> ChatLane:
+    """Put both lanes in place of vLLM's generators of streams; the one of chats."""
+    lane = chat.chat_completion_stream_generator = ChatLane(chat)
     completion.completion_stream_generator = CompletionLane(completion, engine)
+    return lane
 
 
 def _is_plain(request: ChatCompletionRequest | CompletionRequest) -> bool:

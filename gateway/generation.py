@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakValueDictionary
 
 from starlette.types import Scope, Send
@@ -44,6 +44,10 @@ class Generation:
             current_stream.reset(token)
         return str(collector.request_id)
 
+    async def stop(self, request_id: str) -> None:
+        """Have the engine forget a request that was started."""
+        await self._engine.abort(request_id, internal=True)
+
     def __aiter__(self) -> Any:
         self._outputs = AsyncLLM.generate(self._engine, *self._arguments, **self._options)
         return self._outputs
@@ -70,18 +74,24 @@ class BusLLM(AsyncLLM):  # type: ignore[misc]
         return generation
 
 
+class Startable(Protocol):
+    """What a ``FastStream`` needs of a generation; both are as in ``Generation``."""
+
+    async def start(self, stream: TextStream) -> str: ...
+    async def stop(self, request_id: str) -> None: ...
+
+
 class FastStream:
     """An answer in the fast lane."""
 
-    def __init__(self, generation: Generation, engine: BusLLM, stream: TextStream) -> None:
+    def __init__(self, generation: Startable, stream: TextStream) -> None:
         self._generation = generation
-        self._engine = engine
-        self._stream = stream
+        self.stream = stream
         self._request_id: str | None = None
 
     async def open(self) -> None:
         """Have the request accepted. Raises what becomes an error response."""
-        self._request_id = await self._generation.start(self._stream)
+        self._request_id = await self._generation.start(self.stream)
 
     async def serve(self, scope: Scope, presence: Presence, send: Send) -> None:
         """Stream the answer; when the client goes, or anything else ends this early, the request is stopped."""
@@ -91,13 +101,13 @@ class FastStream:
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
         last = None
-        presence.tells(self._stream.leave)
+        presence.tells(self.stream.leave)
         try:
             await send({"type": "http.response.start", "status": 200, "headers": list(_STREAM_HEADERS)})
-            last = await self._stream.serve(send_body, writer_of(scope))
+            last = await self.stream.serve(send_body, writer_of(scope))
         finally:
             if last is None:
-                await self._engine.abort(self._request_id, internal=True)
+                await self._generation.stop(self._request_id)
         if last is not None:
             await send({"type": "http.response.body", "body": last, "more_body": False})
 

@@ -33,7 +33,7 @@ def render_small_inline(renderer: BaseRenderer) -> None:
         return await later_completion(*arguments, **options)
 
     renderer.render_chat_async, renderer.render_cmpl_async = render_chat, render_completion
-    if _is_plain(renderer.tokenizer):
+    if is_plain(renderer.tokenizer):
         # The methods that wait were bound to the other one.
         renderer._tokenize_prompt = _straight(renderer)
 
@@ -58,7 +58,7 @@ def _straight(renderer: BaseRenderer) -> Any:
     return tokenize
 
 
-def _is_plain(tokenizer: Any) -> bool:
+def is_plain(tokenizer: Any) -> bool:
     """Whether calling ``tokenizer`` without options is what its core does, nothing else."""
     from transformers import TokenizersBackend
 

@@ -15,6 +15,7 @@ from llmserve.gateway.chunks import DONE, StreamChunks
 from llmserve.gateway.http_protocol import Write
 
 if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer
 
 
@@ -42,16 +43,19 @@ class TextStream:
         self._stop_reason: int | str | None = None
         self._detokenizer: BaseIncrementalDetokenizer | None = None
         self._stepwise = False
+        self.request: EngineCoreRequest | None = None
+        """The engine's, as it was made."""
         self.prompt_tokens = 0
         self.output_tokens = 0
         self.cached_tokens = 0
 
-    def attach(self, detokenizer: BaseIncrementalDetokenizer, prompt_tokens: int) -> None:
+    def attach(self, request: EngineCoreRequest, detokenizer: BaseIncrementalDetokenizer) -> None:
         """The request is made; its tokens may come from now on."""
+        self.request = request
         self._detokenizer = detokenizer
         # Without stop strings nothing is to be kept back, searched, or remembered.
         self._stepwise = not detokenizer.stop and hasattr(detokenizer, "stream")
-        self.prompt_tokens = prompt_tokens
+        self.prompt_tokens = len(request.prompt_token_ids)
 
     def arrive(
         self, tokens: list[int], reason: Reason | None, stop_reason: int | str | None, cached_tokens: int | None

@@ -65,7 +65,7 @@ async def build_vllm_app(manifest: Manifest, client: BusEngineClient, *, fast_la
     engine = _engine(_config(args), client)
     client.attach(engine.output_processor)
     app = await _application(args, engine)
-    return VllmApp(app, _fast(app, engine) if fast_lane else app, engine)
+    return VllmApp(app, _fast(app, engine, client) if fast_lane else app, engine)
 
 
 def _arguments(manifest: Manifest) -> Namespace:
@@ -163,14 +163,17 @@ async def _application(args: Namespace, engine: BusLLM) -> FastAPI:
     return app
 
 
-def _fast(app: FastAPI, engine: BusLLM) -> ASGIApp:
+def _fast(app: FastAPI, engine: BusLLM, client: BusEngineClient) -> ASGIApp:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
     from llmserve.gateway.fast_lane import install_fast_lane
     from llmserve.gateway.fast_route import fast_routes
     from llmserve.gateway.inline import render_small_inline
+    from llmserve.gateway.patterns import ChatPatterns
+    from llmserve.gateway.plain_prompts import plain_prompts
 
-    install_fast_lane(app.state.openai_serving_chat, app.state.openai_serving_completion, engine)
+    chat = app.state.openai_serving_chat
+    lane = install_fast_lane(chat, app.state.openai_serving_completion, engine)
     renderer = engine.renderer
     if not engine.model_config.is_multimodal_model:  # whose prompts may have pictures to fetch
         render_small_inline(renderer)
@@ -178,7 +181,8 @@ def _fast(app: FastAPI, engine: BusLLM) -> ASGIApp:
     eos_token_id = renderer.get_eos_token_id()
     renderer.get_eos_token_id = lambda: eos_token_id
     _read_without_warnings(ChatCompletionRequest)
-    return fast_routes(app)
+    prompts = plain_prompts(chat)
+    return fast_routes(app, None if prompts is None else ChatPatterns(chat, lane, client, prompts))
 
 
 def _read_without_warnings(model: type[BaseModel]) -> None:

@@ -67,6 +67,20 @@ async def test_an_answer_tells_the_tier_that_it_was_served_as(world: World, url:
     assert unasked == ("auto" if url == "/v1/responses" else None)
 
 
+@pytest.mark.parametrize("others", [{}, {"return_token_ids": True}], ids=["fast lane", "vLLM's path"])
+async def test_so_does_every_chunk_of_a_streamed_chat(world: World, others: dict[str, Any]) -> None:
+    world.yields(TEXT)
+    usage = {"stream_options": {"include_usage": True}}
+    told: dict[str, dict[str, str]] = {"flex": {"service_tier": "flex"}, "auto": {"service_tier": "default"}, "": {}}
+    for asked, said in told.items():
+        body = {**CHAT, **others, **usage, "stream": True, **({"service_tier": asked} if asked else {})}
+        response = await world.client.post("/v1/chat/completions", json=body)
+        chunks = [json.loads(event[6:]) for event in response.text.split("\n\n") if event.startswith("data: {")]
+        assert len(chunks) > 3
+        for chunk in chunks:
+            assert {name: value for name, value in chunk.items() if name == "service_tier"} == said
+
+
 async def test_responses_have_service_tiers_too(world: World) -> None:
     world.yields(TEXT)
     response = await world.client.post("/v1/responses", json={"model": "smol", "input": "x", "service_tier": "flex"})

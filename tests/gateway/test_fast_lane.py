@@ -108,6 +108,8 @@ CASES: dict[str, dict[str, Any]] = {
     "special tokens shown": {"skip_special_tokens": False},
     "special tokens not spaced": {"skip_special_tokens": False, "spaces_between_special_tokens": False},
     "stop token kept": {"include_stop_str_in_output": True, "skip_special_tokens": False},
+    "service tier": {"service_tier": "flex", **USAGE},
+    "service tier without usage": {"service_tier": "auto"},
     "seed and penalties": {"seed": 3, "presence_penalty": 0.5, "temperature": 0},
 }
 

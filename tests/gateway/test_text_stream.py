@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
@@ -58,7 +59,7 @@ class Client:
 def stream_of(chunks: Chunks | None = None) -> TextStream:
     made = (chunks or completion_chunks("m", None)).of_stream("id", 1)
     stream = TextStream(made, usage=lambda _: b"", error=lambda error: f"error {error}".encode())
-    stream.attach(cast(Any, Words()), 3)
+    stream.attach(cast(Any, SimpleNamespace(prompt_token_ids=[1, 2, 3])), cast(Any, Words()))
     return stream
 
 
