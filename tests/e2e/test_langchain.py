@@ -23,6 +23,7 @@ pytestmark = pytest.mark.vllm
 
 ANSWER_TOKENS, CALL_TOKENS, LONG_CALL_TOKENS = 16, 48, 96
 LONG_CALLS = (
+    "test_bind_runnables_as_tools",
     "test_tool_choice",
     "test_structured_output_pydantic_2_v1",
     "test_unicode_tool_call_integration",
