@@ -132,10 +132,11 @@ async def test_when_the_only_worker_of_a_role_is_killed_under_load_nobody_hangs_
 ) -> None:
     ended = await killed_under_load(services, victim)
     report(f"the only {victim} worker killed", ended)
-    # What had begun on it ends within 10 s; what had not waits for the successor.
+    # What had begun on it ends within 10 s, and so does what comes to it later: a slow machine still prefills then.
+    # What had not begun waits for the successor.
     failed = [(one, after_s) for one, after_s in ended if one.error]
     assert failed
-    assert max(after_s for _, after_s in failed) < 10
+    assert max(one.longest_pause_s if one.chunks else after_s for one, after_s in failed) < 10
     assert all("no live worker of role" in one.error for one, _ in failed), [one.error for one, _ in failed]
     if victim == "decode":
         assert any(one.chunks for one, _ in failed)
