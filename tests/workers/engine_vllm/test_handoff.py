@@ -15,7 +15,7 @@ from tests.workers.engine_vllm.driver import Pair, assert_same_up_to_a_tie, body
 pytestmark = pytest.mark.vllm
 Prompt = Callable[..., list[int]]
 
-LENGTHS = [20, 127, 128, 129, 255, 256, 257, 511, 700, 1023, 1024, 1025, 1500]
+LENGTHS = [20, 127, 128, 129, 257, 511, 1025]
 
 
 async def test_both_engines_make_pages_of_the_same_kind(pair: Pair) -> None:
@@ -41,7 +41,7 @@ async def test_greedy_output_is_that_of_one_engine_and_nothing_is_computed_twice
 
 
 async def test_eight_at_once_give_what_one_engine_gives(pair: Pair, prompt: Prompt) -> None:
-    bodies = [body(prompt(100 + 90 * i, f"Chapter {i}."), logprobs=5) for i in range(8)]
+    bodies = [body(prompt(60 + 50 * i, f"Chapter {i}."), logprobs=5) for i in range(8)]
     references = [await pair.decode.run(Stage.WHOLE, data) for data in bodies]
     outputs = await asyncio.gather(*(both(pair, data) for data in bodies))
     for tokens, reference in zip(outputs, references, strict=True):
@@ -148,7 +148,7 @@ async def test_a_lease_that_nobody_reads_frees_its_pages(pair: Pair, prompt: Pro
 
 
 async def test_pages_read_after_their_lease_are_noticed_and_computed_again(pair: Pair, prompt: Prompt) -> None:
-    data = body(prompt(1000), logprobs=5)
+    data = body(prompt(500), logprobs=5)
     reference = await pair.decode.run(Stage.WHOLE, data)
     first = await pair.prefill.run(Stage.PREFILL, data)
     await pair.prefill.until(lambda: first.last.work_id in pair.prefill.released, "the lease ends")
@@ -158,7 +158,7 @@ async def test_pages_read_after_their_lease_are_noticed_and_computed_again(pair:
     rest = await pair.decoded(data, first)
     assert [m.failure for m in pair.decode.moved] == ["stale"]
     assert_same_up_to_a_tie(first.tokens + rest.tokens, reference)
-    assert rest.first.computed_tokens == 1000
+    assert rest.first.computed_tokens == 500
 
 
 async def test_a_handoff_of_another_kind_of_engine_is_computed_again(pair: Pair, prompt: Prompt) -> None:
