@@ -22,8 +22,8 @@ _TAG_BITS = 32
 _NO_RDMA = "^ib"
 """UCX's alias for all transports over InfiniBand and RoCE."""
 _OLD_PROTOCOLS = {"PROTO_ENABLE": "n"}
-"""For host memory. When a peer dies amid a large message, the new ones of UCX 1.21 withdraw the keys that it has got of
-this process's memory, and end the process where there is no registration cache, as over TCP alone
+"""For host memory. When a peer dies amid a large message, the new ones of UCX 1.21 withdraw the keys that it has got
+of this process's memory, and end the process where there is no registration cache, as over TCP alone
 (``ucs_rcache_region_invalidate``)."""
 
 
