@@ -44,8 +44,12 @@ def texts(count: int, tokens: int) -> list[list[int]]:
     return [[*tokenizer.encode(f"Part {n}. "), *ids[n * step :]][:tokens] for n in range(count)]
 
 
+BF16 = {"dtype": "bf16"}
+"""Whose pages the figures are of, on CPUs that are slow in it too."""
+
+
 def with_classes(*classes: StorageClass, disk: DiskType = "int8") -> Manifest:
-    made = manifest()
+    made = manifest(model=BF16)
     kv_cache = KVCache(prefix_caching=False, dram_gb=0.25, disk_dtype=disk) if classes else made.spec.kv_cache
     spec = msgspec.structs.replace(made.spec, kv_cache=kv_cache, storageClasses=classes)
     return msgspec.structs.replace(made, spec=spec)
@@ -111,7 +115,7 @@ async def save_cost(folder: Path) -> dict[str, float]:
     turns, each of which begins with the other engine. ``save_cost_below_dram``: beside one that keeps them in DRAM
     only, with the same connectors."""
     disk = StorageClass(name="disk", type="filesystem", path=str(folder))
-    manifests = {"saving": with_classes(disk), "plain": with_classes(), "dram": manifest(dram_gb=0.25)}
+    manifests = {"saving": with_classes(disk), "plain": with_classes(), "dram": manifest(model=BF16, dram_gb=0.25)}
     engines = {name: await engine(made, role=Role.DECODE) for name, made in manifests.items()}
     prompts = iter(texts(len(engines) * DECODES * (ROUNDS + 1), 200))
     rates: dict[str, list[float]] = {name: [] for name in engines}
