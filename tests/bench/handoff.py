@@ -3,8 +3,8 @@
 Two processes with a model of Llama-3.1-8B's shape and made-up weights share the GPU. The decode engine steps all the
 time, as a busy one does. Kind ``llmserve`` loads the pages in the step that computes with them, ``polled`` moves them
 before that and looks for the end from step to step, both by the same-host engine; ``nixl`` does the latter by NIXL
-alone, ``chunks`` and ``ahead`` after and during a prefill in chunks of 2,048 tokens. Writes
-``build/bench/handoff.json``.
+alone, ``chunks`` and ``ahead`` after and during a prefill in chunks of 2,048 tokens. ``--engine`` has another carry
+the pages of all of ours, as between two hosts. Writes ``build/bench/handoff.json``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ KINDS = ["llmserve", "polled", "nixl", "chunks", "ahead", "nixl_connector"]
 CHUNKED, CHUNK = ("chunks", "ahead"), 2048
 
 
-def transfer_config(kind: str, *, producer: bool) -> dict[str, Any]:
+def transfer_config(setup: Setup, *, producer: bool) -> dict[str, Any]:
+    kind = setup.kind
     role = "kv_producer" if producer else "kv_consumer"
     if kind == "nixl_connector":
         return {"kv_connector": "NixlConnector", "kv_role": role, "engine_id": role}
@@ -44,8 +45,8 @@ def transfer_config(kind: str, *, producer: bool) -> dict[str, Any]:
         "kv_connector_extra_config": {
             "lease_s": 60.0,
             "timeout_s": 20.0,
-            "engine_order": ["nixl"],
-            "same_host": kind != "nixl",
+            "engine_order": [setup.engine or "nixl"],
+            "same_host": kind != "nixl" and not setup.engine,
             "nixl_backend_policy": "auto",
             "ucx_rdma": True,
             "host": "127.0.0.1",
@@ -75,6 +76,8 @@ class Setup:
     tp: int
     gpus: list[str]
     """The prefill engine's and the decode engine's, as ``CUDA_VISIBLE_DEVICES`` names them; none: both see all."""
+    engine: str | None = None
+    """The only transfer engine; None: as the kind has it."""
 
 
 class Engine:
@@ -109,7 +112,7 @@ class Engine:
             kv_cache_memory_bytes=10 << 30,
             disable_log_stats=True,
             cudagraph_capture_sizes=[1, 2, 4],
-            kv_transfer_config=KVTransferConfig(**transfer_config(kind, producer=producer)),
+            kv_transfer_config=KVTransferConfig(**transfer_config(setup, producer=producer)),
         )
         self.engine = LLMEngine.from_engine_args(arguments)
         self.kind = kind
@@ -261,6 +264,7 @@ def main() -> None:
     parser.add_argument("--page-tokens", type=int, help="vLLM's own choice by default")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--gpus", nargs=2, default=[], help="the prefill and the decode engine's: 0 1, say")
+    parser.add_argument("--engine", choices=["nixl", "ucx", "nccl"])
     parser.add_argument("--out", default="build/bench/handoff.json")
     options = parser.parse_args()
     figures: dict[str, float] = {}
@@ -269,7 +273,9 @@ def main() -> None:
     with chosen(options) as model:
         for kind in options.kinds:
             try:
-                setup = Setup(kind, model, options.lengths, options.page_tokens, options.tp, options.gpus)
+                setup = Setup(
+                    kind, model, options.lengths, options.page_tokens, options.tp, options.gpus, options.engine
+                )
                 figures |= handoffs(setup)
             except (AssertionError, EOFError, OSError) as error:
                 print(f"{kind}: {error}", flush=True)

@@ -26,7 +26,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.here, self.there = End("same_host", SIZE), End("same_host", SIZE)
-        self.there.data[:] = 5
+        self.there.write(5)
         self.engine = FaultyEngine(self.here.engine)
         self.left: list[Fetch] = []
         self.charged: list[int] = []
@@ -67,7 +67,7 @@ def test_pages_and_fence_come_and_the_bytes_are_charged(bench: Bench) -> None:
         "",
         [(Rung("same_host", "pull"), SIZE // 2)],
     )
-    assert set(np.flatnonzero(bench.here.data)) == {*range(SIZE // 2), *range(SIZE - 8, SIZE)}
+    assert set(np.flatnonzero(bench.here.read())) == {*range(SIZE // 2), *range(SIZE - 8, SIZE)}
     assert bench.charged == [SIZE // 2]
     assert bench.left == []
 
@@ -114,10 +114,10 @@ def test_a_peer_without_this_engine_is_left_to_the_mover(bench: Bench) -> None:
 
 def test_a_load_has_ended_when_the_next_work_begins(bench: Bench) -> None:
     assert bench.express.load(bench.order())
-    assert set(np.flatnonzero(bench.here.data)) == set(range(SIZE // 2)), "the fence is read when it is asked for"
+    assert set(np.flatnonzero(bench.here.read())) == set(range(SIZE // 2)), "the fence is read when it is asked for"
     (fetched,) = bench.express.finish_loads()
     assert (fetched.id, fetched.failure, fetched.attempts[0].bytes_moved) == ("r", "", SIZE // 2)
-    assert set(np.flatnonzero(bench.here.data)) == {*range(SIZE // 2), *range(SIZE - 8, SIZE)}
+    assert set(np.flatnonzero(bench.here.read())) == {*range(SIZE // 2), *range(SIZE - 8, SIZE)}
     assert bench.express.finish_loads() == []
 
 

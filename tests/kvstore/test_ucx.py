@@ -9,7 +9,7 @@ import pytest
 from llmserve.kvstore.transfer import unavailable
 from llmserve.kvstore.transfer.base import Progress, Run
 from llmserve.kvstore.transfer.ucx import UcxEngine
-from tests.kvstore.ends import HOST, End, Victim, wait_for
+from tests.kvstore.ends import HOST, End, Remote, wait_for
 
 pytestmark = pytest.mark.skipif(unavailable("ucx") is not None, reason=f"UCX: {unavailable('ucx')}")
 
@@ -24,20 +24,20 @@ def alone() -> Iterator[End]:
 
 
 @pytest.fixture
-def victim() -> Iterator[Victim]:
-    victim = Victim("ucx", SIZE, 9)
+def victim() -> Iterator[Remote]:
+    victim = Remote("ucx", SIZE, fill=9)
     yield victim
     victim.kill()
 
 
 def test_a_peer_whose_death_is_heard_of_before_ucx_has_noticed_is_given_up_and_forgotten(
-    alone: End, victim: Victim, monkeypatch: pytest.MonkeyPatch
+    alone: End, victim: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = alone.engine
     assert isinstance(engine, UcxEngine)
     peer = engine.connect(victim.description)
     handles = [engine.pull(peer, [Run(alone.address, victim.address, SIZE)], HOST, HOST) for _ in range(4)]
-    assert wait_for(lambda: bool(alone.data.any()), engine)
+    assert wait_for(lambda: bool(alone.read().any()), engine)
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_drive", lambda: None)
         victim.process.kill()
@@ -47,9 +47,9 @@ def test_a_peer_whose_death_is_heard_of_before_ucx_has_noticed_is_given_up_and_f
     assert all(engine.release(handle) for handle in handles)
     assert wait_for(lambda: not engine._abandoned, engine), "buffers are written to for ever"
     other = End("ucx", SIZE)
-    other.data[:] = 7
-    peer = engine.connect(other.engine.describe())
+    other.write(7)
+    peer = engine.connect(other.description)
     again = engine.pull(peer, [Run(alone.address, other.address, SIZE)], HOST, HOST)
     assert alone.finish(again, other.engine) is Progress.DONE
-    assert (alone.data == 7).all()
+    assert (alone.read() == 7).all()
     other.engine.close()
