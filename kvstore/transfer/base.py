@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-VERSION = 1
+VERSION = 2
 """Of the engines' descriptions and of what they tell each other."""
 
 

@@ -13,7 +13,7 @@ import msgspec
 
 from llmserve.kvstore.transfer.base import Progress, Region, TransferError
 from llmserve.kvstore.transfer.runs import Spans, as_array
-from llmserve.kvstore.transfer.staging import SLOT_BYTES, Slot, Staging
+from llmserve.kvstore.transfer.staging import Slot, Staging, slot_bytes
 
 if TYPE_CHECKING:
     import numpy
@@ -235,8 +235,9 @@ class GpuStaging(Staging):
     def _make(self) -> Slot:
         import torch
 
-        buffer: torch.Tensor = torch.empty(SLOT_BYTES, dtype=torch.uint8, device=f"cuda:{self._gpu}")
-        return Slot(int(buffer.data_ptr()), buffer)
+        size_bytes = slot_bytes(gpu=True)
+        buffer: torch.Tensor = torch.empty(size_bytes, dtype=torch.uint8, device=f"cuda:{self._gpu}")
+        return Slot(int(buffer.data_ptr()), buffer, size_bytes)
 
     def gather(self, spans: Spans, slot: Slot) -> None:
         self._run(spans, slot, out=True)

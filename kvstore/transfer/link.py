@@ -13,10 +13,12 @@ from llmserve.kvstore.transfer.base import Handle, Progress, TransferError
 from llmserve.kvstore.transfer.control import Connection
 from llmserve.kvstore.transfer.lane import Lane, Op
 from llmserve.kvstore.transfer.runs import scatter_bytes, total_bytes
-from llmserve.kvstore.transfer.staging import SLOT_BYTES, HostStaging, Slot, Staging
+from llmserve.kvstore.transfer.staging import HostStaging, Slot, Staging
 
 _DRAIN_S = 2.0
 """A peer that does not send what it was granted of a transfer given up is cut off then."""
+_LOOK_S = 0.2
+"""What passes between two looks beyond this is not the peer's fault."""
 
 
 @dataclass(slots=True)
@@ -93,6 +95,7 @@ class Link:
     _sending: list[_Posted] = field(default_factory=list)
     _transfers: int = 0
     _tags: int = 0
+    _looked_s: float = field(default_factory=time.monotonic)
 
     def new_id(self) -> int:
         self._transfers += 1
@@ -175,8 +178,12 @@ class Link:
         self._send(self.lane)
         self._land()
         now_s = time.monotonic()
+        unseen_s, self._looked_s = max(0.0, now_s - self._looked_s - _LOOK_S), now_s
         for incoming in self.incoming.values():
-            if incoming.given_up_s is not None and now_s - incoming.given_up_s > _DRAIN_S:
+            if incoming.given_up_s is None:
+                continue
+            incoming.given_up_s += unseen_s
+            if now_s - incoming.given_up_s > _DRAIN_S:
                 raise TransferError(f"it has not sent what it was granted within {_DRAIN_S:g} s")
 
     def _grant(self, lane: Lane) -> None:
@@ -213,7 +220,7 @@ class Link:
                 if not outgoing.chunks and outgoing.handle is None:
                     del self.outgoing[grant.id]
             self.grants.popleft()
-            op = lane.send(slot, min(grant.size_bytes, SLOT_BYTES), grant.tag)
+            op = lane.send(slot, min(grant.size_bytes, slot.size_bytes), grant.tag)
             self._sending.append(_Posted(op, slot, staging))
 
     def _land(self) -> None:

@@ -41,7 +41,7 @@ from llmserve.kvstore.transfer.runs import (
     size_of,
     total_bytes,
 )
-from llmserve.kvstore.transfer.staging import SLOT_BYTES, Staging
+from llmserve.kvstore.transfer.staging import Staging, slot_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class StagedEngine(TransferEngine):
         spans, size_bytes = local_spans(runs), size_of(runs)
         handle = Staged(link, link.new_id(), size_bytes)
         inline = size_bytes <= _INLINE_BYTES and not gpu
-        chunks = [spans] if inline else list(cut(spans, SLOT_BYTES))
+        chunks = [spans] if inline else list(cut(spans, slot_bytes(gpu=gpu)))
         link.say(wire.Want(handle.id, remote_spans(runs), gpu, inline))
         link.incoming[handle.id] = Incoming(chunks, gpu, handle, granted=len(chunks) if inline else 0)
         link.advance()
@@ -141,7 +141,7 @@ class StagedEngine(TransferEngine):
         link, gpu = self._start(peer, runs, local, remote)
         handle = Staged(link, link.new_id(), size_of(runs))
         link.say(wire.Offer(handle.id, remote_spans(runs), gpu))
-        link.outgoing[handle.id] = Outgoing(deque(cut(local_spans(runs), SLOT_BYTES)), gpu, handle)
+        link.outgoing[handle.id] = Outgoing(deque(cut(local_spans(runs), slot_bytes(gpu=gpu))), gpu, handle)
         return handle
 
     def _start(self, peer: str, runs: Sequence[Run], local: Place, remote: Place) -> tuple[Link, bool]:
@@ -244,15 +244,15 @@ class StagedEngine(TransferEngine):
     def _asked(self, link: Link, message: wire.Want | wire.Offer) -> None:
         try:
             self._check(message.spans, gpu=message.gpu)
+            chunks = cut(message.spans, slot_bytes(gpu=message.gpu))
             if isinstance(message, wire.Offer):
-                chunks = list(cut(message.spans, SLOT_BYTES))
-                link.incoming[message.id] = Incoming(chunks, message.gpu, None)
+                link.incoming[message.id] = Incoming(list(chunks), message.gpu, None)
             elif message.inline:
                 if message.gpu or total_bytes(message.spans) > _INLINE_BYTES:
                     raise TransferError(f"{total_bytes(message.spans)} bytes do not go into a message")
                 link.say(wire.Inline(message.id, host_bytes(message.spans)))
             else:
-                link.outgoing[message.id] = Outgoing(deque(cut(message.spans, SLOT_BYTES)), message.gpu, None)
+                link.outgoing[message.id] = Outgoing(deque(chunks), message.gpu, None)
         except PeerGone:
             raise
         except TransferError as error:

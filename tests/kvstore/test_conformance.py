@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmserve.kvstore.transfer import unavailable
+from llmserve.kvstore.transfer import link, unavailable
 from llmserve.kvstore.transfer.base import (
     FingerprintMismatch,
     Handle,
@@ -75,7 +76,7 @@ class Case:
 
 CASES = [Case(name) for name in ENGINES]
 if GPUS:
-    CASES += [Case(name, Place(0), Place(GPUS > 1)) for name in ENGINES]
+    CASES += [Case(name, Place(0), Place(min(1, GPUS - 1))) for name in ENGINES]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
@@ -276,6 +277,18 @@ def test_a_cancelled_transfer_ends_soon_and_the_pair_still_works(pair: Pair) -> 
     assert not pair.here.read().any()
     assert pair.pull(pair.runs([(3, 4)])) is Progress.DONE
     assert np.array_equal(pages(pair.here.read())[3], pages(theirs)[4])
+
+
+def test_a_peer_is_not_blamed_for_the_time_in_which_nobody_looked(
+    pair: Pair, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "_DRAIN_S", 0.3)
+    theirs = pair.fill()
+    handle = pair.start_pull(pair.runs([(p, p) for p in range(PAGES)]))
+    pair.here.engine.release(handle)
+    time.sleep(0.6)
+    assert pair.pull(pair.runs([(5, 6)])) is Progress.DONE
+    assert np.array_equal(pages(pair.here.read())[5], pages(theirs)[6])
 
 
 class Killing:
