@@ -31,6 +31,8 @@ class Call:
     progress_s: float = field(default_factory=time.monotonic)
     """Monotonic time of the last token, or of the start."""
     first_token_s: float | None = None
+    cached_tokens: int = 0
+    """Of its prompt, as its first delta says."""
     deaths: int = 0
     """Workers that died while they ran it, as the router counts."""
     probed_s: float = 0.0

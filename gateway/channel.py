@@ -25,6 +25,7 @@ from llmserve.gateway.attempts import Action, Attempts, Deliver, Discard, Fail, 
 from llmserve.gateway.block_size import BlockSize
 from llmserve.gateway.call import Arrival, Call
 from llmserve.gateway.codec import RequestCodec
+from llmserve.gateway.endings import Endings
 from llmserve.gateway.metrics import GatewayMetrics
 from llmserve.gateway.watch import Watch
 
@@ -61,6 +62,7 @@ class Channel:
         """Of the newest router that was heard: what one before it still says is not to be believed."""
         self._calls: dict[str, Call] = {}
         self._by_local_id: dict[str, Call] = {}
+        self._endings = Endings(bus, member_id)
         self._watch = Watch(bus, self._calls, self._carry_out, deadline_s, probe_after_s)
         self._tasks: set[asyncio.Task[None]] = set()
         self._subscription: Subscription | None = None
@@ -128,7 +130,7 @@ class Channel:
                 ids.append(call.request_id)
                 self._forget(call)
                 if seq is not None:
-                    self._spawn(self._discard(seq))
+                    self._spawn(self._endings.discard(seq))
         if ids:
             self._bus.publish(self._bus.subjects.control, Cancel(request_ids=ids))
 
@@ -136,22 +138,25 @@ class Channel:
         match message:
             case Deltas():
                 self._hear_deltas(message)
-            case AttemptLost():
-                if (call := self._calls.get(message.request_id)) and self._is_current(message.epoch):
-                    call.deaths = max(call.deaths, message.deaths)
-                    log.warning(
-                        "attempt lost",
-                        extra={"bus_id": call.request_id, "attempt": message.attempt, "cause": message.cause},
-                    )
-                    self._carry_out(call, call.attempts.lost(message.attempt, message.cause), None)
-            case Rejected():
-                if (call := self._calls.get(message.request_id)) and self._is_current(message.epoch):
-                    actions = call.attempts.rejected(message.attempt, message.code, message.message)
-                    self._carry_out(call, actions, None)
+            case AttemptLost() | Rejected():
+                if self._is_current(message.epoch):
+                    self._hear_verdict(message)
             case Ping():
                 pass
             case _:
                 log.error("unexpected %s on the gateway's subject", type(message).__name__)
+
+    def _hear_verdict(self, verdict: AttemptLost | Rejected) -> None:
+        call, attempt = self._calls.get(verdict.request_id), verdict.attempt
+        if isinstance(verdict, Rejected):
+            if call is not None:
+                self._carry_out(call, call.attempts.rejected(attempt, verdict.code, verdict.message), None)
+        elif call is None:
+            self._spawn(self._endings.settle(verdict.request_id, verdict.seq))
+        else:
+            call.deaths = max(call.deaths, verdict.deaths)
+            log.warning("attempt lost", extra={"bus_id": call.request_id, "attempt": attempt, "cause": verdict.cause})
+            self._carry_out(call, call.attempts.lost(attempt, verdict.cause), None)
 
     def _is_current(self, epoch: int) -> bool:
         """Whether a router of ``epoch`` may lead; 0 is of a version that does not say."""
@@ -186,12 +191,14 @@ class Channel:
         if fresh:
             if call.first_token_s is None:
                 call.first_token_s = now
-                call.metrics.first_tokens(now - call.received_s, delta.cached_tokens or 0)
+                call.cached_tokens = delta.cached_tokens or 0
+                call.metrics.first_tokens(now - call.received_s, call.cached_tokens)
             else:
                 call.metrics.next_tokens(now - call.progress_s, fresh)
             call.progress_s = now
         if deliver.reason is not None:
             self._forget(call)
+            self._endings.add(call, deliver.reason, now)
         return Arrival(call.local_id, delta, deliver.skip, deliver.reason)
 
     def _carry_out(self, call: Call, actions: list[Action], now: float | None) -> None:
@@ -211,11 +218,11 @@ class Channel:
                     empty = Delta(call.request_id, call.attempts.attempt, len(call.attempts.tokens), [])
                     self._on_arrivals([self._arrive(call, empty, action, now or time.monotonic())])
                 case Discard(seq):
-                    self._spawn(self._discard(seq))
+                    self._spawn(self._endings.discard(seq))
                 case Withdraw(seq):
                     self._bus.publish(self._bus.subjects.control, Cancel(request_ids=[call.request_id]))
                     if seq is not None:
-                        self._spawn(self._discard(seq))
+                        self._spawn(self._endings.settle(call.request_id, seq))
                 case Fail(code, message):
                     self._forget(call)
                     self._metrics.attempts_failed.labels(code).inc()
@@ -251,7 +258,7 @@ class Channel:
             except QueueFull as error:
                 log.info("the queue is full, trying again: %s", error, extra={"bus_id": call.request_id})
                 if call.attempts.seq is not None:
-                    await self._discard(call.attempts.seq)
+                    await self._endings.discard(call.attempts.seq)
                 await asyncio.sleep(_RETRY_S)
             except BusUnavailable as error:
                 log.warning("cannot resubmit yet: %s", error, extra={"bus_id": call.request_id})
@@ -273,14 +280,7 @@ class Channel:
         except BusError as error:
             log.info("the cancelled request was not stored: %s", error)
         else:
-            await self._discard(seq)
-
-    async def _discard(self, seq: int) -> None:
-        try:
-            await self._bus.discard(seq)
-        except BusError as error:
-            # The router drops it: a higher attempt supersedes it, or its gateway has cancelled it.
-            log.warning("request %d stays on the stream: %s", seq, error)
+            await self._endings.discard(seq)
 
     def _forget(self, call: Call) -> None:
         self._by_local_id.pop(call.local_id, None)
