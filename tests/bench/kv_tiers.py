@@ -17,12 +17,12 @@ import msgspec
 from llmserve.bus.messages import Role, Stage
 from llmserve.kvstore.codec import DiskType
 from llmserve.kvstore.stores.filesystem import FilesystemStore
-from llmserve.manifests.models import resolve_model
+from llmserve.manifests.models import PACKAGED_ID, resolve_model
 from llmserve.manifests.schema import KVCache, Manifest, StorageClass
 from llmserve.workers.kv_pages import PageKeeper
 from llmserve.workers.offload.settings import make_stores
 from tests.s3_servers import BUCKET, s3_server
-from tests.workers.engine_vllm.driver import MODEL, Driver, body, manifest
+from tests.workers.engine_vllm.driver import Driver, body, manifest
 
 TENANT = "bench"
 PAGE_TOKENS = 128
@@ -36,7 +36,7 @@ def texts(count: int, tokens: int) -> list[list[int]]:
     """Different prompts of English prose about Python, which every Python brings along."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(MODEL).path)
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(PACKAGED_ID).path)
     topics = sorted(pydoc_data.topics.topics.items())
     ids: list[int] = tokenizer.encode("\n".join(text for _, text in topics))
     step = max(1, (len(ids) - tokens) // count)
@@ -44,7 +44,7 @@ def texts(count: int, tokens: int) -> list[list[int]]:
     return [[*tokenizer.encode(f"Part {n}. "), *ids[n * step :]][:tokens] for n in range(count)]
 
 
-BF16 = {"dtype": "bf16"}
+BF16 = {"id": PACKAGED_ID, "dtype": "bf16"}
 """Whose pages the figures are of, on CPUs that are slow in it too."""
 
 

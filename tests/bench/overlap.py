@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from llmserve.bus.messages import Role, Stage
+from llmserve.manifests.models import PACKAGED_ID
 from tests.workers.engine_vllm.driver import Driver, body
 
 TOKENS, STEP, PAGE = 1536, 256, 32
@@ -42,7 +43,14 @@ async def handoff(prefill: Driver, decode: Driver, data: bytes, work_id: str, *,
 async def measure() -> dict[str, float]:
     prefill, decode = await asyncio.gather(
         *(
-            Driver.open(role, "process", block_tokens=PAGE, prefix_caching=True, step_tokens=STEP)
+            Driver.open(
+                role,
+                "process",
+                model={"id": PACKAGED_ID},
+                block_tokens=PAGE,
+                prefix_caching=True,
+                step_tokens=STEP,
+            )
             for role in (Role.PREFILL, Role.DECODE)
         )
     )

@@ -9,13 +9,15 @@ import openai
 import pytest
 
 from tests.bench.path import vllm_server
+from tests.made_up import SERVED as MADE_UP
+from tests.made_up import made_up, made_up_model
 from tests.processes import Stack, manifest_with, running
 from tests.services import Services
 
 SMALL = {"engine.kv_space_gb": 0.5}
 LEASE_S = 10.0
 """Of ``services``."""
-EXACT = {**SMALL, "kv_cache.prefix_caching": False, "models.primary.dtype": "fp32"}
+EXACT = {**SMALL, "kv_cache.prefix_caching": False}
 """Without prefix caching, so that every page is computed once and moved once; in fp32, whose greedy output does not
 depend on which requests share a batch."""
 
@@ -47,7 +49,7 @@ def client(pd: Stack) -> openai.OpenAI:
 @pytest.fixture(scope="package")
 def exact_starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("exact")
-    stack = Stack(manifest_with("local.yaml", folder, EXACT), folder / "up.log")
+    stack = Stack(manifest_with("local.yaml", folder, {**EXACT, **made_up()}), folder / "up.log")
     with running(stack):
         yield stack
 
@@ -61,16 +63,19 @@ def exact(exact_starting: Stack) -> Stack:
 @pytest.fixture(scope="module")  # engines that idle take memory
 def one_engine(tmp_path_factory: pytest.TempPathFactory, exact_starting: Stack) -> Iterator[str]:
     """URL of vLLM's own server with one engine, with the settings of ``exact``; both start at once."""
-    with vllm_server(tmp_path_factory.mktemp("vllm"), "--no-enable-prefix-caching", dtype="float32") as url:
+    folder = tmp_path_factory.mktemp("vllm")
+    with vllm_server(
+        folder, "--no-enable-prefix-caching", model=made_up_model(), name=MADE_UP, dtype="float32"
+    ) as url:
         yield url
 
 
 @pytest.fixture(scope="package")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     """The services of docker-compose.yml, in fp32 for the reason that ``exact`` has."""
-    changes = {"transfer.lease_s": LEASE_S, "transfer.same_host": False, "models.primary.dtype": "fp32"}
+    changes = {"transfer.lease_s": LEASE_S, "transfer.same_host": False}
     folder = tmp_path_factory.mktemp("services")
-    services = Services(folder, changes={**SMALL, **tiers(folder / "pages"), **changes})
+    services = Services(folder, changes={**SMALL, **tiers(folder / "pages"), **made_up(), **changes})
     try:
         services.start_all(["gateway", "router", "prefill", "decode", "kv"])
         services.ready()

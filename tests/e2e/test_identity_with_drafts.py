@@ -11,6 +11,7 @@ import pytest
 
 from tests.e2e.conftest import EXACT
 from tests.e2e.test_identity import prompt
+from tests.made_up import made_up, made_up_model
 from tests.processes import Stack, manifest_with, metrics, running, total, wait_for
 
 pytestmark = pytest.mark.vllm
@@ -21,7 +22,7 @@ TOKENS = 25
 @pytest.fixture(scope="module")
 def drafting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("drafting")
-    changes = {**EXACT, "models.draft": {"id": "smollm2-135m", "speculative_tokens": 3}}
+    changes = {**EXACT, **made_up(), "models.draft": {"id": str(made_up_model()), "speculative_tokens": 3}}
     stack = Stack(manifest_with("local.yaml", folder, changes), folder / "up.log")
     with running(stack):
         yield stack.ready()

@@ -194,7 +194,8 @@ async def test_no_stream_of_any_kind_shows_that_its_decode_worker_was_killed(
     assert clients.heard["random"].output_tokens == clients.heard["random with penalties"].output_tokens == TOKENS
     for name in ("pattern", "random in a pattern"):
         assert re.fullmatch(WORDS, clients.heard[name].texts[0]), name
-    assert len(json.loads(clients.heard["schema"].texts[0])) == 14
+    # White space, which JSON allows, may take all its tokens.
+    assert re.fullmatch(r"\[[\s\d,]*\]?", clients.heard["schema"].texts[0])
     for name in ENDED:
         assert "its sampling is random and has state" in clients.heard[name].error, name
         assert not clients.heard[name].finished

@@ -18,6 +18,8 @@ from tests.services import Services
 
 STREAMS = 24
 TOKENS = 100
+PROMPT_TOKENS = {"decode": 120, "prefill": 1200}
+"""By who is killed: prompts are under way when the prefill worker is."""
 ROLES = ["gateway", "router", "prefill", "decode", "kv"]
 
 
@@ -78,7 +80,7 @@ async def killed_under_load(services: Services, victim: str) -> list[tuple[Strea
 
     Returns each stream and how long after the kill it ended, if it had not ended before.
     """
-    bodies = prompt_bodies(services.model, STREAMS, 120, TOKENS, seed=len(services.processes))
+    bodies = prompt_bodies(services.model, STREAMS, PROMPT_TOKENS[victim], TOKENS, seed=len(services.processes))
     timeout = aiohttp.ClientTimeout(total=150)
     async with aiohttp.ClientSession(headers=services.headers, timeout=timeout) as session:
 

@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from llmserve.bus.messages import Role
-from llmserve.manifests.models import resolve_model
-from tests.workers.engine_vllm.driver import MODEL, Driver, Pair
+from tests.made_up import made_up_model
+from tests.workers.engine_vllm.driver import Driver, Pair
 from tests.workers.engine_vllm.kept import Kept, keeping
 
-LEASE_S = 8.0
+LEASE_S = 5.0
 TEXT = (
     "The history of computing begins with mechanical calculators and continues with programmable machines. "
     "Ada Lovelace wrote what many call the first program, long before transistors existed. "
@@ -23,7 +23,7 @@ TEXT = (
 @pytest.fixture(scope="session")
 async def pair() -> AsyncIterator[Pair]:
     prefill, decode = await asyncio.gather(
-        Driver.open(Role.PREFILL, "thread", lease_s=LEASE_S, kv_space_gb=0.12),
+        Driver.open(Role.PREFILL, "thread", lease_s=LEASE_S, kv_space_gb=0.03),
         Driver.open(Role.DECODE, "process", timeout_s=3.0),
     )
     yield Pair(prefill, decode)
@@ -35,7 +35,7 @@ def prompt() -> Callable[[int, str], list[int]]:
     """A prompt of so many tokens of text that begins with a word of one's own."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(MODEL).path)
+    tokenizer = AutoTokenizer.from_pretrained(made_up_model())
 
     def make(tokens: int, start: str = "Once upon a time.") -> list[int]:
         ids: list[int] = tokenizer.encode(f"{start} {TEXT * (tokens // 50 + 1)}")

@@ -19,6 +19,7 @@ from llmserve.bus.block_hashes import chain
 from llmserve.bus.messages import Role, Stage
 from llmserve.kvstore.keys import PageKey
 from llmserve.manifests.schema import KVCache, StorageClass
+from tests.made_up import HEAD_DIM, KV_HEADS, LAYERS
 from tests.s3_proxy import FaultyS3, faulty_s3
 from tests.s3_servers import BUCKET, s3_server
 from tests.workers.engine_vllm.driver import Collected, Driver, body, manifest
@@ -30,8 +31,8 @@ TOKENS = PAGES * BLOCK + 2
 KEY = "KV_TEST_KEY"
 _DRAM_PAGES = 4 * PAGES
 """A quarter of them may wait to be written."""
-_PAGE_GB = 30 * 3 * BLOCK * 2 * 64 * 4 / 2**30
-"""Layers x heads x tokens x (K, V) x values x bytes: fp32, whose greedy answers do not depend on what was cached."""
+_PAGE_GB = LAYERS * KV_HEADS * BLOCK * 2 * HEAD_DIM * 4 / 2**30
+"""Layers x heads x tokens x (K, V) x values x bytes."""
 _FOLDER_MB = 256
 WHEN_ASKED_FOR = pytest.mark.skipif(
     "LLMSERVE_TIER_FAULTS" not in os.environ, reason="set LLMSERVE_TIER_FAULTS=1: 3 minutes"
@@ -145,7 +146,7 @@ async def keeping(root: Path, prompt: Callable[[int, str], list[int]]) -> AsyncI
                         timeout_s=0.5,
                     ),
                 )
-                made = manifest(model={"dtype": "fp32"}, kv_space_gb=0.1)
+                made = manifest(kv_space_gb=0.1)
                 kv_cache = KVCache(
                     dram_gb=(_DRAM_PAGES + 0.1) * _PAGE_GB,
                     prefix_caching=False,

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.vllm
 Prompt = Callable[..., list[int]]
 
 BLOCK = 32
-KV_GB, DRAM_GB = 0.07, 0.15
+KV_GB, DRAM_GB = 0.0125, 0.027
 SALTS = CacheSalts("test", {"friends": ["ann", "bob"]})
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from llmserve.bus.messages import Role, Stage
 from llmserve.manifests.machine import probe_machine
+from llmserve.manifests.models import PACKAGED_ID
 from tests.workers.engine_vllm.driver import Driver, Pair, body
 
 pytestmark = [
@@ -19,14 +20,16 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 async def fp8() -> AsyncIterator[Pair]:
-    engines = [Driver.open(role, "process", hbm_dtype="fp8") for role in (Role.PREFILL, Role.DECODE)]
+    model = {"id": PACKAGED_ID, "dtype": "bf16"}
+    engines = [Driver.open(role, "process", model=model, hbm_dtype="fp8") for role in (Role.PREFILL, Role.DECODE)]
     prefill, decode = await asyncio.gather(*engines)
     yield Pair(prefill, decode)
     await asyncio.gather(prefill.close(), decode.close())
 
 
-async def test_pages_are_half_as_large_and_of_another_kind(fp8: Pair, pair: Pair) -> None:
-    assert 2 * fp8.prefill.info.page_bytes == pair.prefill.info.page_bytes
+async def test_a_value_takes_a_byte_and_pages_are_of_another_kind(fp8: Pair, pair: Pair) -> None:
+    info = fp8.prefill.info
+    assert info.page_bytes == info.page_tokens * 30 * 3 * 2 * 64, "tokens x layers x heads x (K, V) x values"
     assert fp8.prefill.info.fingerprint == fp8.decode.info.fingerprint != pair.decode.info.fingerprint
 
 
