@@ -179,6 +179,8 @@ class Transfer(Part, frozen=True, kw_only=True):
     nccl: NcclOptions | None = None
     same_host: bool = True
     """Between processes of one host the same host's own engine goes before those of ``engine_order``."""
+    ahead: bool | None = None
+    """Whether pages of a prompt in chunks move while it is computed; None: where that was seen to gain, on CPUs."""
     lease_s: PositiveFloat = 30.0
     """How long prefilled pages wait for their decode worker."""
     timeout_s: PositiveFloat = 10.0

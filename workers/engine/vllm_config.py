@@ -174,14 +174,20 @@ def _kv_transfer(manifest: Manifest, role: Role, options: VllmOptions, engine_id
             "host": options.host,
             "model_id": _models(manifest),
             "io_bytes_s": io_gbps * 1e9 / 8 * options.io_share / _ranks(manifest) if io_gbps else None,
-            # Without a prefix cache a decode engine could not keep what it fetches ahead.
-            "ahead": manifest.spec.kv_cache.prefix_caching,
+            "ahead": _fetches_ahead(manifest, options),
             # CPUs have attention kernels for one run of bytes a layer only.
             "join_layers": options.device == "cuda",
             # A thread of this process waits on its queue instead.
             "held_poll_s": 0.0 if options.mode == "thread" else _HELD_POLL_S,
         },
     }
+
+
+def _fetches_ahead(manifest: Manifest, options: VllmOptions) -> bool:
+    """Without a prefix cache a decode engine could not keep what it fetches ahead."""
+    ahead = manifest.spec.transfer.ahead
+    wanted = options.device == "cpu" if ahead is None else ahead
+    return wanted and manifest.spec.kv_cache.prefix_caching
 
 
 def _kv_events(manifest: Manifest, options: VllmOptions) -> object | None:

@@ -10,7 +10,7 @@ import pytest
 from llmserve.bus.messages import Role
 from llmserve.manifests.schema import Manifest
 from llmserve.workers.engine.base import EngineError
-from llmserve.workers.engine.vllm_config import VllmOptions, check_cache_dtype, engine_args, environment
+from llmserve.workers.engine.vllm_config import Device, VllmOptions, check_cache_dtype, engine_args, environment
 
 OPTIONS = VllmOptions(model_path="/models/m", model_local=True)
 
@@ -48,6 +48,24 @@ def test_what_the_manifest_leaves_open_is_left_to_vllm() -> None:
         "gpu_memory_utilization",
         "kv_cache_memory_bytes",
     } & set(made)
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "caching", "wanted"),
+    [
+        ("cpu", None, True, True),
+        ("cuda", None, True, False),
+        ("cuda", True, True, True),
+        ("cpu", False, True, False),
+        ("cpu", True, False, False),
+    ],
+)
+def test_pages_move_ahead_where_that_gains_unless_the_manifest_says_otherwise(
+    device: Device, asked: bool | None, caching: bool, wanted: bool
+) -> None:
+    options = VllmOptions("/m", True, device=device)
+    made = args(Role.PREFILL, options, transfer={"ahead": asked}, kv_cache={"prefix_caching": caching})
+    assert made["kv_transfer_config"]["kv_connector_extra_config"]["ahead"] is wanted
 
 
 def test_without_chunks_a_step_holds_the_longest_prompt() -> None:
