@@ -218,7 +218,7 @@ class Channel:
                     empty = Delta(call.request_id, call.attempts.attempt, len(call.attempts.tokens), [])
                     self._on_arrivals([self._arrive(call, empty, action, now or time.monotonic())])
                 case Discard(seq):
-                    self._spawn(self._endings.discard(seq))
+                    self._spawn(self._endings.settle(call.request_id, seq))
                 case Withdraw(seq):
                     self._bus.publish(self._bus.subjects.control, Cancel(request_ids=[call.request_id]))
                     if seq is not None:

@@ -60,9 +60,8 @@ class Endings:
             log.warning("request %d stays on the stream: %s", seq, error)
 
     async def settle(self, request_id: str, seq: int) -> None:
-        """Take an attempt off the stream that nobody runs any more, with a record if its request has all its output.
-
-        The router tells of it again if that fails.
+        """Take an attempt off the stream that is over or superseded, with a record if its request has all its output:
+        who ran it may have died before it wrote one, and finds nothing on the stream that says so.
         """
         ending = self._endings.get(request_id)
         if ending is None:

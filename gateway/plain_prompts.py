@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
+
+from llmserve.gateway.segments import Segments, cuts_cleanly
 
 if TYPE_CHECKING:
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
@@ -48,7 +50,7 @@ class PlainPrompts:
             **defaults,
         }
         self._wraps = content_format == "openai"
-        self._encode = tokenizer._tokenizer.encode_batch_fast
+        self._encode = _encoder(tokenizer._tokenizer)
         self._check = renderer.validate_token_ids
         self._max_chars = config.max_model_len * tokenizer.max_chars_per_token
 
@@ -59,8 +61,7 @@ class PlainPrompts:
         try:
             conversation = [{"role": one.role, "content": self._content(one.content)} for one in messages]
             text = self._render(messages=conversation, **self._values)
-            (encoding,) = self._encode([text], add_special_tokens=False)
-            token_ids: list[int] = encoding.ids
+            token_ids = self._encode(text)
             self._check(token_ids)
         except Exception:
             # A template may raise anything: vLLM says what is wrong.
@@ -69,6 +70,18 @@ class PlainPrompts:
 
     def _content(self, text: str) -> Any:
         return [{"type": "text", "text": text}] if self._wraps else text
+
+
+def _encoder(core: Any) -> Callable[[str], list[int]]:
+    if cuts_cleanly(core):
+        return Segments(core).encode
+
+    def encode(text: str) -> list[int]:
+        (encoding,) = core.encode_batch_fast([text], add_special_tokens=False)
+        token_ids: list[int] = encoding.ids
+        return token_ids
+
+    return encode
 
 
 def plain_prompts(serving: OpenAIServingChat) -> PlainPrompts | None:

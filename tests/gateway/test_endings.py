@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -61,6 +62,33 @@ async def test_its_gateway_records_what_it_has_delivered(death: Death) -> None:
         )
     ]
     assert answer.tokens == [7, 8]
+    await death.gateway.close()
+
+
+async def test_so_it_does_if_it_hears_only_then_that_the_request_is_stored(
+    death: Death, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The acknowledgement was lost with the bus, which then tells where it stands."""
+    accept, answered = death.gateway.channel._bus.accept, asyncio.Event()
+
+    async def late(*request: Any) -> int:
+        seq = await accept(*request)
+        await answered.wait()
+        return seq
+
+    monkeypatch.setattr(death.gateway.channel._bus, "accept", late)
+    await death.gateway.open()
+    sending = asyncio.create_task(death.gateway.send([1, 2, 3], 2))
+    await until(lambda: death.broker.requests)
+    (stored,) = death.broker.requests.values()
+    delta = Delta(stored.request.request_id, 0, 0, [7, 8], Reason.LENGTH)
+    death.bus.publish(death.bus.subjects.gateway(death.gateway.member), Deltas(worker="w", items=[delta]))
+    await asyncio.sleep(0.01)
+    answered.set()
+    await sending
+    await until(lambda: not death.broker.requests)
+    (result,) = death.broker.results.values()
+    assert result.output_tokens == 2
     await death.gateway.close()
 
 
