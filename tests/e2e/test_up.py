@@ -18,7 +18,7 @@ from tests.processes import BIN, Stack, manifest_with, running, wait_for
 
 @pytest.fixture(scope="module")
 def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """For tests that leave it running."""
+    """For tests that leave it running, and the last one, which ends it."""
     folder = tmp_path_factory.mktemp("up")
     stack = Stack(manifest_with("sim.yaml", folder, {}), folder / "up.log")
     with running(stack):
@@ -66,13 +66,6 @@ def test_ctrl_c_stops_everything_within_ten_seconds_even_under_load(mortal: Stac
     wait_for(lambda: not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], 2, "all gone")
 
 
-def test_kill_9_leaves_no_process_behind(mortal: Stack) -> None:
-    mortal.ready(60)
-    family = mortal.family()
-    mortal.kill()
-    wait_for(lambda: not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], 5, "all gone")
-
-
 def test_a_taken_port_is_one_clear_line_and_exit_code_2(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -117,3 +110,11 @@ def test_status_names_every_member(sim: Stack) -> None:
     assert result.returncode == 0, result.stderr
     for role in ("gateway", "router", "prefill", "decode"):
         assert role in result.stdout
+
+
+def test_kill_9_leaves_no_process_behind(sim: Stack) -> None:
+    """The last test of it."""
+    sim.ready(60)
+    family = sim.family()
+    sim.kill()
+    wait_for(lambda: not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], 5, "all gone")
