@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+import psutil
+
 from llmserve.bus import frames
 from llmserve.bus.messages import KvChange, Role, Stage
 from llmserve.manifests.models import resolve_model
@@ -201,3 +203,8 @@ class Pair:
     async def whole(self, data: bytes) -> list[int]:
         """The reference: the same request on one engine."""
         return (await self.decode.run(Stage.WHOLE, data)).tokens
+
+
+def engine_processes() -> set[psutil.Process]:
+    """Those of all engines in child processes of this one."""
+    return {p for p in psutil.Process().children(recursive=True) if "EngineCore" in p.name() + " ".join(p.cmdline())}

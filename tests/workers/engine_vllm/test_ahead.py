@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from llmserve.bus.messages import Reason, Role, Stage
-from tests.workers.engine_vllm.driver import Driver, Pair, body
+from tests.workers.engine_vllm.driver import Driver, Pair, body, engine_processes
 
 pytestmark = pytest.mark.vllm
 Prompt = Callable[..., list[int]]
@@ -17,14 +17,15 @@ STEP, PAGE = 256, 32
 TOKENS = 5 * STEP + 40
 
 
+async def opened(role: Role) -> Driver:
+    return await Driver.open(
+        role, "process", block_tokens=PAGE, prefix_caching=True, step_tokens=STEP, lease_s=8.0, timeout_s=3.0
+    )
+
+
 @pytest.fixture(scope="module")
 async def chunked() -> AsyncIterator[Pair]:
-    prefill, decode = await asyncio.gather(
-        *(
-            Driver.open(role, "process", block_tokens=PAGE, prefix_caching=True, step_tokens=STEP, lease_s=8.0)
-            for role in (Role.PREFILL, Role.DECODE)
-        )
-    )
+    prefill, decode = await asyncio.gather(opened(Role.PREFILL), opened(Role.DECODE))
     yield Pair(prefill, decode)
     await asyncio.gather(prefill.close(), decode.close())
 
@@ -80,3 +81,27 @@ async def test_a_prefill_that_is_cancelled_half_way_leaves_nothing_behind(chunke
     await chunked.decode.all_free()
     # Nothing of it was kept: the prompt is computed as if it had never been on offer.
     assert (await chunked.decode.run(Stage.WHOLE, data)).first.computed_tokens == TOKENS
+
+
+@pytest.mark.faults
+async def test_a_prefill_engine_that_is_killed_while_its_pages_move_spoils_no_prompt(
+    chunked: Pair, pair: Pair, prompt: Prompt
+) -> None:
+    for number in range(2):
+        data = body(prompt(TOKENS, f"Number {number} dies."))
+        before = engine_processes()
+        prefill = await opened(Role.PREFILL)
+        (process,) = engine_processes() - before
+        prefill.submit(Stage.PREFILL, data, f"dies{number}.0")
+        await prefill.until(lambda prefill=prefill, number=number: len(prefill.offers) > number, "pages are on offer")
+        chunked.decode.moved.clear()
+        chunked.decode.submit(
+            Stage.DECODE, data, f"dies{number}.0", handoff=prefill.offers[number].handoff, ahead=True
+        )
+        process.kill()
+        await chunked.decode.until(lambda: chunked.decode.moved, "the read ends")
+        assert chunked.decode.moved[0].failure in ("", "peer", "timeout")
+        await chunked.decode.all_free()
+        whole = await chunked.decode.run(Stage.WHOLE, data)
+        assert whole.tokens == await pair.whole(data)
+        await prefill.close()

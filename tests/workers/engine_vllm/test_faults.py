@@ -21,7 +21,7 @@ from llmserve.workers.engine.base import EngineDied, Work
 from llmserve.workers.engine.vllm_core import Pages
 from llmserve.workers.engine.vllm_thread import ThreadCore
 from llmserve.workers.engine.watched import EngineStalled, WatchedEngine
-from tests.workers.engine_vllm.driver import Driver, Pair, body
+from tests.workers.engine_vllm.driver import Driver, Pair, body, engine_processes
 
 pytestmark = [pytest.mark.vllm, pytest.mark.faults]
 Prompt = Callable[..., list[int]]
@@ -33,10 +33,6 @@ class Victim:
     def __init__(self, driver: Driver, process: psutil.Process) -> None:
         self.driver = driver
         self.process = process
-
-
-def engine_processes() -> set[psutil.Process]:
-    return {p for p in psutil.Process().children(recursive=True) if "EngineCore" in p.name() + " ".join(p.cmdline())}
 
 
 @pytest.fixture(scope="module")
