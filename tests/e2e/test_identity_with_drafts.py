@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 
 import httpx
+import psutil
 import pytest
 
 from tests.e2e.conftest import EXACT
@@ -69,3 +70,11 @@ def test_the_decode_worker_computes_no_prompt_and_all_pages_are_freed(drafting: 
         return total(metrics(drafting.metrics_url), "llmserve_kv_pages", state="used")
 
     wait_for(lambda: used() == 0, 10, "all pages to be free")
+
+
+def test_engines_die_with_the_process_that_started_them_though_it_is_killed(drafting: Stack) -> None:
+    """The last test of that stack."""
+    family = drafting.family()
+    assert sum("EngineCore" in process.name() for process in family) >= 2, family
+    drafting.kill()
+    wait_for(lambda: not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], 10, "all gone")

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -102,47 +97,6 @@ async def test_a_producer_killed_before_the_read_costs_a_recompute_and_its_engin
     with pytest.raises(EngineDied):
         victim.driver.submit(Stage.PREFILL, data)
     await pair.decode.all_free()
-
-
-def test_the_engine_of_a_killed_worker_dies_with_it(tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import asyncio
-            from llmserve.bus.messages import Role
-            from tests.workers.engine_vllm.driver import Driver
-
-            async def main():
-                await Driver.open(Role.DECODE, "process")
-                print("ready", flush=True)
-                await asyncio.sleep(600)
-
-            if __name__ == "__main__":
-                asyncio.run(main())
-            """
-        )
-    )
-    root = Path(__file__).parents[3]
-    worker = subprocess.Popen(
-        [sys.executable, str(script)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(root)},
-    )
-    try:
-        assert worker.stdout is not None
-        assert any(line.strip() == "ready" for line in worker.stdout)
-        children = psutil.Process(worker.pid).children(recursive=True)
-        assert children
-    finally:
-        worker.kill()
-        worker.wait()
-    _, alive = psutil.wait_procs(children, timeout=10)
-    for process in alive:
-        process.kill()
-    assert not alive
 
 
 class BrokenCore:

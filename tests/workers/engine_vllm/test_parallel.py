@@ -12,23 +12,13 @@ from llmserve.bus.messages import Role, Stage
 from llmserve.manifests.models import PACKAGED_ID
 from llmserve.workers.engine import make_engine
 from llmserve.workers.engine.base import EngineError
-from tests.made_up import made_up_model
+from tests.made_up import made_up_answer
 from tests.workers.engine_vllm.driver import Driver, Pair, body, manifest
 
 pytestmark = pytest.mark.vllm
 
 LENGTHS = [20, 127, 128, 129, 300, 1000]
 TOKENS = 16
-
-
-def reference(prompt: list[int]) -> list[int]:
-    """Greedy output of the same weights, without vLLM."""
-    import torch
-    from transformers import LlamaForCausalLM
-
-    model = LlamaForCausalLM.from_pretrained(made_up_model())
-    made = model.generate(torch.tensor([prompt]), max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
-    return [int(token) for token in made[0][len(prompt) :]]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +37,7 @@ async def test_tensor_parallel_engines_hand_over_and_compute_what_one_rank_does(
         two_ranks.decode.moved.clear()
         first = await two_ranks.prefill.run(Stage.PREFILL, data)
         rest = await two_ranks.decoded(data, first)
-        assert first.tokens + rest.tokens == reference(prompt), length
+        assert first.tokens + rest.tokens == made_up_answer(prompt, TOKENS), length
         assert rest.first.computed_tokens == 0
         page_bytes = two_ranks.prefill.info.page_bytes
         # Each of two ranks moved its half of every page.
