@@ -94,7 +94,8 @@ def test_a_prompt_is_found_in_its_workers_memory_and_once_that_is_gone_on_disk(s
     for name in ("router", "kv", "prefill"):
         services.start(name)
     services.processes["prefill"].wait_for_line("ready after", 120)
-    wait_for(lambda: known(services, "nvme") == on_disk, 20, "the router knows what lies on disk")
+    # More than before, if a worker was killed with pages of which it had not told yet.
+    wait_for(lambda: known(services, "nvme") >= on_disk, 20, "the router knows what lies on disk")
     assert served(services) == Answer(first.text, REUSED)
     wait_for(lambda: expected(services, "nvme") == REUSED, 5, "the router has placed it by what it knew")
     reused = "llmserve_prompt_tokens_reused_total"
