@@ -34,7 +34,8 @@ class Endings:
         self._member_id = member_id
         self._endings: dict[str, _Ending] = {}
         """By request id, the oldest first."""
-        self._recording: set[str] = set()
+        self._recording: set[int] = set()
+        """Sequences: the router repeats what it says until it has seen an effect."""
 
     def add(self, call: Call, reason: Reason, now_s: float) -> None:
         """The whole output of a request has come."""
@@ -66,14 +67,14 @@ class Endings:
         ending = self._endings.get(request_id)
         if ending is None:
             await self.discard(seq)
-        elif request_id not in self._recording:
-            self._recording.add(request_id)
+        elif seq not in self._recording:
+            self._recording.add(seq)
             try:
                 await self._record(ending, seq)
             except BusError as error:
                 log.warning("request %d is not recorded: %s", seq, error, extra={"bus_id": request_id})
             finally:
-                self._recording.discard(request_id)
+                self._recording.discard(seq)
 
     async def _record(self, ending: _Ending, seq: int) -> None:
         result = ending.result

@@ -24,7 +24,7 @@ _NO_RDMA = "^ib"
 _OLD_PROTOCOLS = {"PROTO_ENABLE": "n"}
 """When a peer dies amid a large message, the new ones of UCX 1.21 withdraw the keys that it has got of this process's
 memory, and end the process where there is no registration cache, as over TCP alone
-(``ucs_rcache_region_invalidate``). With GPU memory they ended it too, in one of three tries."""
+(``ucs_rcache_region_invalidate``). They ended it with GPU memory too."""
 
 
 def available() -> str | None:
