@@ -4,15 +4,18 @@ Mooncake's conversation trace (arrival times, lengths, and the blocks of 512 tok
 a block is one page of 16 tokens, and time is compressed to the load that ``--load`` says. The router, the gateway's
 channel and the workers are the real ones, over the bus in memory; the engines are simulated, with the paging and the
 prefix cache of vLLM, and take the time that ``TIMING`` says; their tiers, DRAM and a folder with its kv role, hold
-real pages (``tiered``). Compared are placement by locality with the tiers, and round robin among the workers that
-have credit without them; the same with prompts that share nothing.
-``make bench-kv`` writes ``trace_ttft_ratio`` and ``no_reuse_ttft_ratio``; run alone it only prints.
+real pages (``tiered``). Placement by locality with the tiers is compared with round robin without them, twice: dealt
+out as requests arrive, so that they wait at the workers, which is what the routers of other systems call so; and by
+our router, which holds requests until a worker has credit and lets short ones go first. The latter once more with
+prompts that share nothing. ``make bench-kv`` writes ``trace_ttft_ratio``, ``trace_ttft_ratio_same_router`` and
+``no_reuse_ttft_ratio``; run alone it only prints.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import enum
 import os
 import random
 import socket
@@ -20,7 +23,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -41,6 +44,7 @@ from llmserve.gateway.channel import Channel
 from llmserve.gateway.codec import RequestCodec
 from llmserve.gateway.metrics import GatewayMetrics
 from llmserve.manifests.schema import Manifest, Metadata, Models, PrimaryModel, Spec, StorageClass
+from llmserve.workers.engine.base import EngineInfo
 from llmserve.workers.engine.simulated import SimulatedEngine, SimulatedSettings, Timing
 from llmserve.workers.engine.simulated_sequence import Limits
 from llmserve.workers.engine.wire import API
@@ -65,6 +69,7 @@ that from the folder in the time that this takes."""
 LOAD = 0.85
 """Of the prefill engines, were nothing reused: as much as they can have without a queue that grows for ever, less a
 margin for the trace's bursts."""
+REQUESTS = 2000
 SALT = CacheSalts("", {}).worker_salt("t", None)
 
 
@@ -106,6 +111,21 @@ class RoundRobin(Placement):
         self._turns[worker.member] = max(self._turns.values(), default=0) + 1
 
 
+class Unlimited(SimulatedEngine):
+    """Takes all that comes and lets it wait in its own queue, first come first served."""
+
+    async def start(self) -> EngineInfo:
+        return replace(await super().start(), step_tokens=10**9)
+
+
+class Arm(enum.Enum):
+    """What is compared."""
+
+    DEALT_OUT = "round robin, no tiers"
+    SAME_ROUTER = "same router, round robin, no tiers"
+    OURS = "locality, DRAM and folder"
+
+
 @dataclass
 class Outcome:
     """One run."""
@@ -127,11 +147,13 @@ class Outcome:
 class Deployment:
     """Router, workers and a gateway's channel on a bus in memory."""
 
-    def __init__(self, placement: Placement | None, folder: Path | None) -> None:
-        """``folder``: for the pages of the prefill engines; None: they have no tiers."""
+    def __init__(self, arm: Arm, folder: Path) -> None:
+        """``folder``: for the pages of the prefill engines, if they have tiers."""
         self._broker = MemoryBroker()
+        self._arm = arm
         settings = RouterSettings(max_wait_s=3600.0)
         rng = random.Random(1)
+        placement = None if arm is Arm.OURS else RoundRobin()
         self._router = Router(self._broker.bus("router"), settings, "router", rng=rng, placement=placement)
         self._channel = Channel(
             self._broker.bus("gateway"),
@@ -144,7 +166,8 @@ class Deployment:
             probe_after_s=3600.0,
         )
         self._metrics = WorkerMetrics(CollectorRegistry())
-        self._storage = StorageClass(name="disk", type="filesystem", path=str(folder)) if folder is not None else None
+        disk = StorageClass(name="disk", type="filesystem", path=str(folder))
+        self._storage = disk if arm is Arm.OURS else None
         self._kv: KvService | None = None
         self._tiered: list[TieredEngine] = []
         self._workers: list[Worker] = []
@@ -178,7 +201,8 @@ class Deployment:
             prefix_cache=True, dram_pages=DRAM_PAGES if storage is not None else 0,
         )  # fmt: skip
         settings = SimulatedSettings(limits, TIMING, page_bytes=PAGE_BYTES)
-        engine = SimulatedEngine(settings)
+        unlimited = role is Role.PREFILL and self._arm is Arm.DEALT_OUT
+        engine = Unlimited(settings) if unlimited else SimulatedEngine(settings)
         if storage is not None:
             engine = TieredEngine(settings, storage, "t")
             self._tiered.append(engine)
@@ -239,53 +263,61 @@ class Deployment:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def measure(requests: Sequence[Ask], placement: Placement | None, folder: Path | None) -> Outcome:
-    deployment = Deployment(placement, folder)
-    await deployment.start()
-    try:
-        return await deployment.run(requests)
-    finally:
-        await deployment.stop()
+async def measure(requests: Sequence[Ask], arm: Arm) -> Outcome:
+    with tempfile.TemporaryDirectory(prefix="bench-trace-") as folder:
+        deployment = Deployment(arm, Path(folder))
+        await deployment.start()
+        try:
+            return await deployment.run(requests)
+        finally:
+            await deployment.stop()
 
 
 def show(name: str, outcome: Outcome) -> None:
     ordered = sorted(outcome.ttft_s)
     cached = outcome.cached_tokens / outcome.prompt_tokens
     print(
-        f"{name:<42}{outcome.mean_s * 1e3:>10.1f}{ordered[len(ordered) // 2] * 1e3:>10.1f}"
-        f"{ordered[len(ordered) * 99 // 100] * 1e3:>10.1f}{cached:>9.1%}{outcome.seconds:>8.1f}"
+        f"  {name:<40}{outcome.mean_s * 1e3:>10.1f}{ordered[len(ordered) // 2] * 1e3:>10.1f}"
+        f"{ordered[len(ordered) * 99 // 100] * 1e3:>10.1f}{cached:>9.1%}{outcome.seconds:>8.1f}",
+        flush=True,
     )
 
 
-async def compare(lines: Sequence[TraceLine], load: float, *, reuse: bool) -> float:
+async def compare(lines: Sequence[TraceLine], load: float, arms: Sequence[Arm], *, reuse: bool) -> dict[Arm, float]:
+    """Mean TTFT in seconds."""
     faster = compression(lines, PREFILLERS, TIMING.prefill_s_per_token, load)
-    requests, name = asks(lines, faster, reuse=reuse), f"{'trace' if reuse else 'no reuse'}, load {load:g}"
-    print(f"{name}: {len(requests)} requests, of whose tokens a cache could reuse {reusable(requests):.1%}")
-    robin = await measure(requests, RoundRobin(), None)
-    show(f"{name}: round robin, no tiers", robin)
-    with tempfile.TemporaryDirectory(prefix="bench-trace-") as folder:
-        local = await measure(requests, None, Path(folder))
-    show(f"{name}: locality, DRAM and folder", local)
+    requests, name = asks(lines, faster, reuse=reuse), "trace" if reuse else "no reuse"
     print(
-        f"{'':<6}read from the folder: {local.loaded_pages} pages; not written: {local.dropped_pages}; {local.reused}"
+        f"{name}, load {load:g}: {len(requests)} requests, a cache could reuse {reusable(requests):.1%} of the tokens"
     )
-    return local.mean_s / robin.mean_s
+    means_s = {}
+    for arm in arms:
+        outcome = await measure(requests, arm)
+        show(arm.value, outcome)
+        means_s[arm] = outcome.mean_s
+        if arm is Arm.OURS:
+            print(f"    read from the folder: {outcome.loaded_pages} pages; ", end="")
+            print(f"not written: {outcome.dropped_pages}; reused: {outcome.reused}")
+    return means_s
 
 
-def figures(trace: Path = TRACE, requests: int = 700, load: float = LOAD) -> dict[str, float]:
-    """Both ratios, of the first so many requests."""
+def figures(trace: Path = TRACE, requests: int = REQUESTS, load: float = LOAD) -> dict[str, float]:
+    """All ratios, of the first so many requests; without reuse of a third of them."""
     lines = read_trace(trace, requests)
     print(f"{'TTFT':<42}{'mean ms':>10}{'p50 ms':>10}{'p99 ms':>10}{'cached':>9}{'s':>8}")
+    means_s = asyncio.run(compare(lines, load, list(Arm), reuse=True))
+    fresh_s = asyncio.run(compare(lines[: requests // 3], load, [Arm.SAME_ROUTER, Arm.OURS], reuse=False))
     return {
-        "trace_ttft_ratio": asyncio.run(compare(lines, load, reuse=True)),
-        "no_reuse_ttft_ratio": asyncio.run(compare(lines, load, reuse=False)),
+        "trace_ttft_ratio": means_s[Arm.OURS] / means_s[Arm.DEALT_OUT],
+        "trace_ttft_ratio_same_router": means_s[Arm.OURS] / means_s[Arm.SAME_ROUTER],
+        "no_reuse_ttft_ratio": fresh_s[Arm.OURS] / fresh_s[Arm.SAME_ROUTER],
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trace", type=Path, default=TRACE, help="also by the folder in $LLMSERVE_TRACES")
-    parser.add_argument("--requests", type=int, default=700, help="the first so many of the trace")
+    parser.add_argument("--requests", type=int, default=REQUESTS, help="the first so many of the trace")
     parser.add_argument("--load", type=float, default=LOAD, help="of the prefill engines, if nothing were reused")
     options = parser.parse_args()
     for name, value in figures(options.trace, options.requests, options.load).items():
