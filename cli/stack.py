@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
-from llmserve.bus.collector import rest_collector
+from llmserve.bus.collector import loading
 from llmserve.bus.endpoint import BusEndpoint
 from llmserve.bus.flow.settings import RouterSettings
 from llmserve.bus.messages import Role
@@ -84,6 +84,11 @@ class Stack:
 
     async def start(self) -> None:
         """Start every part. Raises ``BusError``, ``EngineError``, ``OSError`` or ``ModelError``: one line each."""
+        with loading(10_000):  # as a gateway's process does: of all parts it makes most of what is collected
+            await self._start()
+        self.started = True
+
+    async def _start(self) -> None:
         gateway = self.manifest.spec.gateway
         _require_free(gateway.host, gateway.port, "spec.gateway.port")
         await self._metrics.start()
@@ -100,8 +105,6 @@ class Stack:
             for (role, index), gpus in zip(self._engines(), self._gpus(), strict=True):
                 parts.create_task(self._start_worker(endpoint, role, f"{role}-{index}", gpus))
         self._spawn(self._bus_metrics.run(), "bus metrics")
-        rest_collector(10_000)  # as a gateway's process does: of all parts it makes most of what is collected
-        self.started = True
 
     async def run(self) -> None:
         """Serve until cancelled. Raises ``StackFailed`` when a part ends by itself."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from llmserve.bus.base import BusError
-from llmserve.bus.collector import rest_collector
+from llmserve.bus.collector import loading
 from llmserve.manifests.consistency import authenticates, is_loopback
 from llmserve.manifests.errors import ManifestError
 from llmserve.manifests.loader import load, resolve
@@ -106,9 +106,9 @@ async def _serve(manifest: Manifest, parsed: argparse.Namespace) -> int:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, gateway.reload)
     metrics = MetricsServer(registry, manifest.spec.gateway.host, manifest.spec.gateway.metrics_port)
     try:
-        await metrics.start()
-        await gateway.start()
-        rest_collector(10_000)  # a request costs a fifteenth less
+        with loading(10_000):  # a request costs a fifteenth less
+            await metrics.start()
+            await gateway.start()
         print(f"gateway on {gateway.url}, metrics on {metrics.url}, {time.monotonic() - begun_s:.1f} s", flush=True)
         serving = asyncio.create_task(gateway.serve())
         asked = asyncio.create_task(stopping.wait())

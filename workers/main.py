@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from prometheus_client import CollectorRegistry
 
 from llmserve.bus.base import BusError
-from llmserve.bus.collector import rest_collector
+from llmserve.bus.collector import loading, rest_collector
 from llmserve.bus.endpoint import BusEndpoint, bus_endpoint
 from llmserve.bus.messages import Role
 from llmserve.bus.subjects import is_token
@@ -186,10 +186,10 @@ class _Part:
             host=self.host,
             metrics_port=self.metrics_port,
         )
-        starting = asyncio.create_task(service.start())
-        if not await _unless(signals.first, starting):
-            return 0
-        rest_collector(10_000)  # what an engine has loaded takes long to look through
+        with loading(10_000):  # what an engine has loaded takes long to look through
+            starting = asyncio.create_task(service.start())
+            if not await _unless(signals.first, starting):
+                return 0
         self._say(f"{_described(starting.result())}, ready after {time.monotonic() - begun_s:.1f} s")
         with ends_if_it_stands_still(self.manifest.spec.engine.stall_s):
             return await self._serve(service, signals)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmserve.bus.messages import Role
 from llmserve.manifests.schema import Manifest
+from llmserve.manifests.sizes import Device
 from llmserve.workers.engine.base import EngineError
 from llmserve.workers.engine.vllm_tiers import with_tiers
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 Mode = Literal["thread", "process"]
 """Where the engine core runs: in a thread of this process, one such engine a process, or in a child of its own."""
-Device = Literal["cpu", "cuda"]
 
 GPUS = "llmserve_gpus"
 """Key of ``VllmConfig.additional_config``, the way into the child process of one engine among several."""

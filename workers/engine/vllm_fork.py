@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -17,13 +18,7 @@ from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess, SpawnContext
 
-_LOADED = (
-    "vllm.v1.engine.core",
-    "vllm.v1.worker.cpu_worker",
-    "vllm.model_executor.models.llama",
-    "llmserve.workers.connector.connector",
-    "llmserve.workers.engine.vllm_executor",
-)
+_LOADED = ("llmserve.workers.engine.vllm_loaded",)
 _READ_WHEN_LOADED = (
     "OMP_NUM_THREADS",
     "GOMP_SPINCOUNT",
@@ -50,6 +45,7 @@ class EngineProcess(ForkServerProcess):
 
     def run(self) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        gc.enable()
         _become(self._environment)
         super().run()
 

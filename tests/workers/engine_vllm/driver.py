@@ -12,6 +12,7 @@ import psutil
 
 from llmserve.bus import frames
 from llmserve.bus.messages import KvChange, Role, Stage
+from llmserve.manifests.machine import probe_machine
 from llmserve.manifests.models import resolve_model
 from llmserve.manifests.schema import (
     Engine,
@@ -23,6 +24,7 @@ from llmserve.manifests.schema import (
     Spec,
     Transfer,
 )
+from llmserve.manifests.sizes import Device
 from llmserve.workers.engine.base import EngineInfo, EngineOutput, Offer, Work
 from llmserve.workers.engine.base import Transfer as Moved
 from llmserve.workers.engine.vllm import VllmEngine
@@ -120,7 +122,10 @@ class Driver:
         cls, made: Manifest, role: Role, mode: Mode, block_tokens: int | None = None, threads: int = 1
     ) -> Driver:
         files = resolve_model(made.spec.models.primary.id)
-        options = VllmOptions(files.path, files.local, mode=mode, block_tokens=block_tokens, threads=threads)
+        on: Device = "cuda" if probe_machine().gpus else "cpu"
+        options = VllmOptions(
+            files.path, files.local, mode=mode, device=on, block_tokens=block_tokens, threads=threads
+        )
         engine = VllmEngine(made, role, options)
         driver = cls(engine, await engine.start())
         driver._task = asyncio.create_task(driver._read())

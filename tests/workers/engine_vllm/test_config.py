@@ -9,8 +9,9 @@ import pytest
 
 from llmserve.bus.messages import Role
 from llmserve.manifests.schema import Manifest
+from llmserve.manifests.sizes import Device
 from llmserve.workers.engine.base import EngineError
-from llmserve.workers.engine.vllm_config import Device, VllmOptions, check_cache_dtype, engine_args, environment
+from llmserve.workers.engine.vllm_config import VllmOptions, check_cache_dtype, engine_args, environment
 
 OPTIONS = VllmOptions(model_path="/models/m", model_local=True)
 
