@@ -1,4 +1,4 @@
-"""Threads whose work can wait."""
+"""Threads beside an engine's, which must not slow it down."""
 
 from __future__ import annotations
 
@@ -10,3 +10,18 @@ def yield_to_the_engine() -> None:
     """Lower the calling thread's priority."""
     # Linux keeps priorities by thread: what is written behind must not slow down what is computed.
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+def keep_to_one_core() -> None:
+    """Have torch work on the calling thread alone, without OpenMP's threads, which the engine needs."""
+    import torch
+
+    # OpenMP keeps the number by thread: those that have used torch before keep theirs. Not ``torch.set_num_threads``,
+    # which vLLM's CPU worker replaces by a function that does nothing.
+    torch._C.set_num_threads(1)
+
+
+def yield_on_one_core() -> None:
+    """Both."""
+    yield_to_the_engine()
+    keep_to_one_core()

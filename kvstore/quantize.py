@@ -6,7 +6,9 @@ any case (absmax quantization; Dettmers et al., LLM.int8(), 2022). Groups must n
 differ: on GPUs a token's ``[K | V]`` lie side by side, on CPUs K and V of a block are halves packed in tiles, and in
 both a group that divides the head size stays within one of them.
 
-All loops are torch's, over pieces small enough for the cache and for torch to stay on the calling thread.
+All loops are torch's, over pieces that fit into a core's cache and are few: between torch's operations this thread
+needs the interpreter, which an engine's thread needs too. In a process with an engine only threads that
+``keep_to_one_core`` may come here.
 """
 
 from __future__ import annotations
@@ -24,9 +26,8 @@ if TYPE_CHECKING:
 Bytes = npt.NDArray[np.uint8]
 
 GROUPS = (64, 32, 16)
-_PIECE = 32768 - 64
-"""Values at once: from 32,768 on torch spreads operations over its OpenMP threads, which the engine needs; ``round``
-it always does."""
+_PIECE = 262144
+"""Values at once."""
 _STEPS = 127
 _ROUNDING = 1.5 * 2.0**23
 """Added to a small fp32, the low bits of the sum are those of the nearest integer, in two's complement."""

@@ -22,7 +22,7 @@ from llmserve.bus.cache_salt import request_salt
 from llmserve.kvstore.codec import Codec, PageKind
 from llmserve.kvstore.keys import PageKey, space_of
 from llmserve.kvstore.notices import Notifier, socket_path
-from llmserve.kvstore.priority import yield_to_the_engine
+from llmserve.kvstore.priority import keep_to_one_core, yield_on_one_core
 from llmserve.kvstore.quantize import Bytes
 from llmserve.kvstore.tiers import Tiers
 from llmserve.kvstore.transfer.pacing import TokenBucket
@@ -96,8 +96,8 @@ class TieredEngine(SimulatedEngine):
         self._storage = folder
         self._space = space_of(tenant, {})
         self._rates = LoadRates([folder])
-        self._loading = ThreadPoolExecutor(2)
-        self._storing = ThreadPoolExecutor(1, initializer=yield_to_the_engine)
+        self._loading = ThreadPoolExecutor(2, initializer=keep_to_one_core)
+        self._storing = ThreadPoolExecutor(1, initializer=yield_on_one_core)
         self._backlog = int(limits.dram_pages * _BACKLOG)
         self._behind = 0
         """Pages that are being written."""

@@ -154,8 +154,8 @@ async def test_the_work_of_the_only_gateway_waits_for_its_successor(
 ) -> None:
     assert services.processes["gateway"].child.poll() is not None
     batches = Batches(services, observer, other)
-    batch_id = await batches.begin(250)
-    published = await publish(publisher, batches, 250)
+    batch_id = await batches.begin(120)
+    published = await publish(publisher, batches, 120)
     async with asyncio.timeout(30):
         while not await batches.done(batch_id):
             await asyncio.sleep(0.1)
@@ -164,6 +164,6 @@ async def test_the_work_of_the_only_gateway_waits_for_its_successor(
     await asyncio.to_thread(services.processes["gateway"].wait_for_line, "gateway on", 60)
     successor = Batches(services, observer, services.url)
     assert 0 < await successor.done(batch_id) < LINES
-    await successor.require_exact(batch_id, 250)
-    await require_published(publisher, published, 250)
+    await successor.require_exact(batch_id, 120)
+    await require_published(publisher, published, 120)
     await observer.settled(10)

@@ -25,6 +25,7 @@ from llmserve.kvstore.codec import (
     read_header,
 )
 from llmserve.kvstore.keys import PageKey
+from llmserve.kvstore.priority import keep_to_one_core
 from llmserve.kvstore.quantize import Bytes, dequantize, group_size, quantize
 
 KEY = PageKey("f00d" * 4, "t-a", bytes(range(32)))
@@ -94,26 +95,47 @@ def test_an_int8_value_is_off_by_half_its_groups_scale_at_most(
     assert bool(((numbers(back, dtype) - drawn.float()).abs() <= bound).all())
 
 
-def test_no_step_of_the_codec_spreads_over_the_threads_that_the_engine_computes_with() -> None:
-    if torch.get_num_threads() == 1:
+def test_a_page_of_several_pieces_is_quantized_as_its_parts_are() -> None:
+    groups = 9001
+    drawn = torch.randn(groups, 64, generator=torch.Generator().manual_seed(1)) * torch.rand(groups, 1)
+    page = drawn.to(torch.bfloat16).view(torch.uint8).numpy().reshape(-1)
+    whole, back = quantize(page, "bf16", 64), np.zeros_like(page)
+    assert whole is not None
+    dequantize(whole, back, "bf16", 64)
+    scales, values = whole[: groups * 2], whole[groups * 2 :]
+    for first in range(0, groups, 1000):
+        last = min(first + 1000, groups)
+        part = quantize(page[first * 128 : last * 128], "bf16", 64)
+        assert part is not None
+        assert np.array_equal(part, np.concatenate((scales[first * 2 : last * 2], values[first * 64 : last * 64])))
+        alone = np.zeros_like(page[first * 128 : last * 128])
+        dequantize(part, alone, "bf16", 64)
+        assert np.array_equal(alone, back[first * 128 : last * 128])
+
+
+def test_the_codec_keeps_to_its_thread_if_told_to_and_the_others_keep_theirs() -> None:
+    before = torch.get_num_threads()
+    if before == 1:
         pytest.skip("torch has one thread only")
     page, made, counts = a_page(1_000_000), codec(page_bytes=2_000_000), []
 
     def threads() -> int:
         return len(os.listdir("/proc/self/task"))
 
-    def run() -> None:
+    def run(told: bool) -> None:
         # torch gives each thread that needs them threads of its own.
+        if told:
+            keep_to_one_core()
         counts.append(threads())
         decoded(made, made.encode(KEY, page))
         counts.append(threads())
-        torch.ones(200_000).mul_(2)
-        counts.append(threads())
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert counts[0] == counts[1] < counts[2]
+    for told in (True, False):
+        thread = threading.Thread(target=run, args=(told,))
+        thread.start()
+        thread.join()
+    assert counts[0] == counts[1]
+    assert torch.get_num_threads() == before
 
 
 def test_int8_halves_a_page_and_keeps_the_order_of_magnitude_of_each_channel() -> None:

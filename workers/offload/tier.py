@@ -32,7 +32,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 from llmserve.kvstore.codec import Codec, PageKind, encryption_key
 from llmserve.kvstore.keys import PageKey
 from llmserve.kvstore.notices import Notifier, socket_path
-from llmserve.kvstore.priority import yield_to_the_engine
+from llmserve.kvstore.priority import keep_to_one_core, yield_on_one_core
 from llmserve.kvstore.quantize import Bytes
 from llmserve.kvstore.tiers import Tiers, TierStats
 from llmserve.kvstore.transfer.pacing import TokenBucket
@@ -92,9 +92,11 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
         self._stats = OffloadingConnectorStats()
         cores = len(os.sched_getaffinity(0))
         self._parallel = max(4, cores)
-        self._loading = ThreadPoolExecutor(max(2, cores // 2), thread_name_prefix="kv-load")
+        self._loading = ThreadPoolExecutor(
+            max(2, cores // 2), thread_name_prefix="kv-load", initializer=keep_to_one_core
+        )
         self._storing = ThreadPoolExecutor(
-            max(1, cores // 8), thread_name_prefix="kv-store", initializer=yield_to_the_engine
+            max(1, cores // 8), thread_name_prefix="kv-store", initializer=yield_on_one_core
         )
         self._thread = LoopThread("kv-tiers")
         self._open: tuple[Tiers, WriteBehind] | None = None
