@@ -117,24 +117,25 @@ def test_the_codec_keeps_to_its_thread_if_told_to_and_the_others_keep_theirs() -
     before = torch.get_num_threads()
     if before == 1:
         pytest.skip("torch has one thread only")
-    page, made, counts = a_page(1_000_000), codec(page_bytes=2_000_000), []
+    page, made, seen = a_page(1_000_000), codec(page_bytes=2_000_000), []
 
-    def threads() -> int:
+    def processes() -> int:
+        # torch gives each thread that needs them threads of its own.
         return len(os.listdir("/proc/self/task"))
 
     def run(told: bool) -> None:
-        # torch gives each thread that needs them threads of its own.
         if told:
             keep_to_one_core()
-        counts.append(threads())
+        before = processes()
         decoded(made, made.encode(KEY, page))
-        counts.append(threads())
+        seen.append((torch.get_num_threads(), processes() - before))
 
     for told in (True, False):
         thread = threading.Thread(target=run, args=(told,))
         thread.start()
         thread.join()
-    assert counts[0] == counts[1]
+    assert seen[0] == (1, 0)
+    assert seen[1] == (before, before - 1)
     assert torch.get_num_threads() == before
 
 
