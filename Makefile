@@ -27,17 +27,14 @@ EXTRA ?= $(if $(wildcard /dev/nvidiactl),cuda,cpu)
 up: $(VENV)/.installed
 	$(BIN)/llmserve up -f $(MANIFEST)
 
-# Whole deployments and real engines take every core and have deadlines, so they run one at a time; deployments of
-# simulated engines that are killed wait most of the time, so two do.
-ALONE := tests/e2e tests/faults/test_hung_engine.py tests/workers/engine_vllm
-TWO_AT_ONCE := tests/faults
+# Whole deployments and real engines take every core and have deadlines, so they run one at a time.
+ALONE := tests/e2e tests/faults tests/workers/engine_vllm
 
 test: $(VENV)/.installed-dev
 ifdef TESTS
 	$(BIN)/python -m pytest $(TESTS)
 else
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore %) $(TWO_AT_ONCE:%=--ignore %) tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore %) $(TWO_AT_ONCE)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore %) tests
 	$(BIN)/python -m pytest $(ALONE)
 endif
 
