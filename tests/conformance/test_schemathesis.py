@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import requests
 import schemathesis
-import schemathesis.specs.openapi.schemas  # all that pytest parses of it, before tests have left garbage behind
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
