@@ -25,6 +25,9 @@ REMOVED_FIELDS = (
 )
 """Of older versions of vLLM. vLLM ignores them, and answers without the constraint that the client relies on."""
 
+OWN_FIELDS = ("kv_transfer_params", "ec_transfer_params")
+"""Of what engines tell each other. The codec refuses them too, but of a response only when its stream has begun."""
+
 BATCH_TIERS = ("flex", "batch")
 TIERS = ("auto", "default", "flex", "batch", "scale", "priority")
 
@@ -53,6 +56,9 @@ def adjust(request: Any) -> str | None:
     if removed := [name for name in REMOVED_FIELDS if extra.get(name) is not None]:
         hint = "use structured_outputs or response_format"
         raise VLLMValidationError(f"{', '.join(removed)} is not supported: {hint}", parameter=removed[0])
+    for name in OWN_FIELDS:
+        if getattr(request, name, extra.get(name)) is not None:
+            raise VLLMValidationError(f"{name} is not supported by this deployment", parameter=name)
     tier = _choose_class(extra.get("service_tier", getattr(request, "service_tier", None)))
     if _is_forced(getattr(request, "tool_choice", None)):
         _pin_arguments(request.tools or ())

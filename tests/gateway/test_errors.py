@@ -122,6 +122,13 @@ async def test_what_does_not_work_over_the_bus_is_refused_by_name(world: World, 
     assert (status, field in error["message"]) == (400, True)
 
 
+@pytest.mark.parametrize("field", ["kv_transfer_params", "ec_transfer_params"])
+async def test_a_streamed_response_refuses_it_before_it_begins(world: World, field: str) -> None:
+    asked = {"model": CHAT["model"], "input": "Hello", "stream": True, field: {"a": 1}}
+    status, error, _ = await post(world, asked, "/v1/responses")
+    assert (status, field in error["message"]) == (400, True)
+
+
 async def test_no_token_within_the_deadline_is_504(world: World) -> None:
     status, error, _ = await post(world, CHAT)
     await asyncio.sleep(0.05)
