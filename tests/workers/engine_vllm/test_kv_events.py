@@ -125,5 +125,5 @@ async def test_evicted_pages_are_told_and_what_is_told_is_there_for_their_owner_
     assert (loaded.first.cached_tokens, loaded.first.loaded_tokens) == (640, 640)
     for number in range(2):
         await caching.run(Stage.WHOLE, body(prompt(1500, f"More {number}."), 1))
-    pages = (caching.info.pages_total + 1) * DRAM_GB / KV_GB
+    pages = DRAM_GB * 2**30 // caching.info.page_bytes
     await caching.until(lambda: len(told(caching, Tier.DRAM)) <= pages, "no more is told than DRAM has room for")
