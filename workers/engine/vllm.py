@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import tempfile
 import time
 import uuid
 from collections.abc import Iterable
@@ -28,6 +27,7 @@ from llmserve.workers.engine.base import (
     Work,
 )
 from llmserve.workers.engine.load_rates import LoadRates
+from llmserve.workers.engine.sockets import socket_folder
 from llmserve.workers.engine.vllm_ahead import Ahead
 from llmserve.workers.engine.vllm_config import VllmOptions, apply_environment, build_config
 from llmserve.workers.engine.vllm_core import Core, info_of
@@ -86,7 +86,6 @@ class VllmEngine(Engine):
         self._rates = LoadRates(manifest.spec.storageClasses)
         self._pages_total = 0
         self._block_tokens = 0
-        self._events_folder: tempfile.TemporaryDirectory[str] | None = None
         self._asking: asyncio.Task[None] | None = None
 
     # -- life ---------------------------------------------------------------------------------------------------
@@ -113,12 +112,11 @@ class VllmEngine(Engine):
         return info_of(config, pages)
 
     def _prepare(self, engine_id: str) -> VllmConfig:
-        apply_environment(self._manifest, self._options)
-        shm.sweep()
         options = self._options
         if options.mode == "process":
-            self._events_folder = tempfile.TemporaryDirectory(prefix="llmserve-", ignore_cleanup_errors=True)
-            options = replace(options, events_folder=self._events_folder.name)
+            options = replace(options, sockets=str(socket_folder()))
+        apply_environment(self._manifest, options)
+        shm.sweep()
         return build_config(self._manifest, self._role, options, engine_id)
 
     async def _ask_when_idle(self) -> None:
@@ -140,8 +138,6 @@ class VllmEngine(Engine):
         core, self._core = self._core, None
         if core is not None:
             await core.close()
-        if self._events_folder is not None:
-            self._events_folder.cleanup()
         self._die("the engine is closed")
 
     def _die(self, why: str) -> None:

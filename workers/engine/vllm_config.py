@@ -45,8 +45,8 @@ class VllmOptions:
     draft_path: str | None = None
     kv_bytes: int | None = None
     """KV space over all ranks, if a budget allows less than the manifest's ``engine.kv_space_gb``."""
-    events_folder: str = ""
-    """A private folder for the socket on which an engine process publishes its KV events."""
+    sockets: str = ""
+    """A private folder for the sockets of an engine in a process of its own."""
     host: str = "127.0.0.1"
     """Where engines of other processes reach this one."""
     io_share: float = 1.0
@@ -84,7 +84,7 @@ def engine_args(manifest: Manifest, role: Role, options: VllmOptions, engine_id:
         "kv_transfer_config": with_tiers(
             manifest, role, engine_id, _models(manifest), _kv_transfer(manifest, role, options, engine_id)
         ),
-        "kv_events_config": _kv_events(manifest, options),
+        "kv_events_config": _kv_events(manifest, options, engine_id),
         "distributed_executor_backend": _executor(manifest, options),
         "additional_config": {GPUS: ",".join(options.gpus)} if options.gpus else None,
     }
@@ -190,13 +190,13 @@ def _fetches_ahead(manifest: Manifest, options: VllmOptions) -> bool:
     return wanted and manifest.spec.kv_cache.prefix_caching
 
 
-def _kv_events(manifest: Manifest, options: VllmOptions) -> object | None:
+def _kv_events(manifest: Manifest, options: VllmOptions, engine_id: str) -> object | None:
     """Where the engine tells what its prefix cache holds: a thread is asked directly, a child publishes."""
     if not manifest.spec.kv_cache.prefix_caching:
         return None
-    if options.mode == "thread" or not options.events_folder:
+    if options.mode == "thread" or not options.sockets:
         return {"enable_kv_cache_events": True, "publisher": "null"}
-    endpoint = f"ipc://{options.events_folder}/kv-events"
+    endpoint = f"ipc://{options.sockets}/{engine_id}"
     return {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint}
 
 
@@ -204,6 +204,8 @@ def environment(manifest: Manifest, options: VllmOptions) -> tuple[dict[str, str
     """(variables that must be so, variables that the user may have set otherwise)."""
     forced = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_NO_USAGE_STATS": "1"}
     default = {"VLLM_LOGGING_LEVEL": "WARNING"}
+    if options.sockets:
+        default["VLLM_RPC_BASE_PATH"] = options.sockets
     if _ranks(manifest) == 1 and options.device == "cpu":
         # Otherwise vLLM puts the only rank in a process of its own on CPUs.
         forced["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
