@@ -31,23 +31,25 @@ OWN_FIELDS = ("kv_transfer_params", "ec_transfer_params")
 BATCH_TIERS = ("flex", "batch")
 TIERS = ("auto", "default", "flex", "batch", "scale", "priority")
 
+_LOGPROBS_OF_A_RESPONSE = "message.output_text.logprobs"
+
 Create = Callable[..., Awaitable[Any]]
 _END = "}\n\n"
 """Of an event."""
 
 
-def install_adjustments(app: FastAPI) -> None:
-    """For every route that generates."""
+def install_adjustments(app: FastAPI, simulated: bool) -> None:
+    """For every route that generates; ``simulated``: the workers' engines are."""
     state = app.state
     for serving, name in (
         (state.openai_serving_chat, "create_chat_completion"),
         (state.openai_serving_completion, "create_completion"),
         (state.openai_serving_responses, "create_responses"),
     ):
-        setattr(serving, name, _adjusted(getattr(serving, name)))
+        setattr(serving, name, _adjusted(getattr(serving, name), simulated))
 
 
-def adjust(request: Any) -> str | None:
+def adjust(request: Any, simulated: bool) -> str | None:
     """Change ``request`` and note its class with the caller; the service tier to tell, if one was asked for.
 
     Raises ``VLLMValidationError``.
@@ -59,6 +61,8 @@ def adjust(request: Any) -> str | None:
     for name in OWN_FIELDS:
         if getattr(request, name, extra.get(name)) is not None:
             raise VLLMValidationError(f"{name} is not supported by this deployment", parameter=name)
+    if simulated and (named := _needs_logprobs(request)):
+        raise VLLMValidationError(f"{named}: simulated engines yield no log probabilities", parameter=named)
     tier = _choose_class(extra.get("service_tier", getattr(request, "service_tier", None)))
     if _is_forced(getattr(request, "tool_choice", None)):
         _pin_arguments(request.tools or ())
@@ -68,10 +72,10 @@ def adjust(request: Any) -> str | None:
     return tier
 
 
-def _adjusted(create: Create) -> Create:
+def _adjusted(create: Create, simulated: bool) -> Create:
     @functools.wraps(create)
     async def adjusted(request: Any, *arguments: Any, **options: Any) -> Any:
-        tier = adjust(request)
+        tier = adjust(request, simulated)
         made = await create(request, *arguments, **options)
         if tier is not None and inspect.isasyncgen(made):
             return _told(made, tier)
@@ -87,6 +91,15 @@ async def _told(events: AsyncIterator[Any], tier: str) -> AsyncIterator[str]:
     async for event in events:
         is_chunk = '"object":"chat.completion.chunk"' in event
         yield event.removesuffix(_END) + f',"service_tier":"{tier}"{_END}' if is_chunk else event
+
+
+def _needs_logprobs(request: Any) -> str | None:
+    """The field of ``request`` that asks for them, if any; the number 0 asks for those of the sampled tokens."""
+    for name in ("logprobs", "prompt_logprobs", "use_beam_search"):
+        value = getattr(request, name, None)
+        if value is not None and value is not False:
+            return name
+    return "include" if _LOGPROBS_OF_A_RESPONSE in (getattr(request, "include", None) or ()) else None
 
 
 def _choose_class(tier: object) -> str:

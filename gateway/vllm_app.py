@@ -64,7 +64,7 @@ async def build_vllm_app(manifest: Manifest, client: BusEngineClient, *, fast_la
     args = _arguments(manifest)
     engine = _engine(_config(args), client)
     client.attach(engine.output_processor)
-    app = await _application(args, engine)
+    app = await _application(args, engine, simulated=manifest.spec.engine.kind == "simulated")
     return VllmApp(app, _fast(app, engine, client) if fast_lane else app, engine)
 
 
@@ -133,7 +133,7 @@ def _engine_core_client(client: BusEngineClient) -> Iterator[None]:
         async_llm.EngineCoreClient = original
 
 
-async def _application(args: Namespace, engine: BusLLM) -> FastAPI:
+async def _application(args: Namespace, engine: BusLLM, simulated: bool) -> FastAPI:
     from fastapi import FastAPI
     from vllm.entrypoints.anthropic import api_router as messages
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -159,7 +159,7 @@ async def _application(args: Namespace, engine: BusLLM) -> FastAPI:
     init_exception_handler(app)
     install_error_handlers(app)
     await init_app_state(engine, app.state, args, ("generate",))
-    install_adjustments(app)
+    install_adjustments(app, simulated)
     return app
 
 

@@ -6,7 +6,12 @@ import json
 from typing import Any
 
 import pytest
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.exceptions import VLLMValidationError
 
+from llmserve.gateway.adjust import adjust
 from tests.gateway.conftest import World
 from tests.gateway.test_api import CHAT, TEXT
 
@@ -127,3 +132,28 @@ async def test_what_the_model_cannot_do_is_refused_by_name(world: World) -> None
     error = response.json()["error"]
     assert (response.status_code, error["type"]) == (404, "NotFoundError")
     assert "embeddings" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "asked"),
+    [
+        ("logprobs", ChatCompletionRequest(messages=[], logprobs=True)),
+        ("logprobs", CompletionRequest(prompt="x", logprobs=0)),
+        ("prompt_logprobs", CompletionRequest(prompt="x", prompt_logprobs=0)),
+        ("use_beam_search", ChatCompletionRequest(messages=[], use_beam_search=True)),
+        ("include", ResponsesRequest(input="x", include=["message.output_text.logprobs"])),
+    ],
+)
+def test_what_needs_log_probabilities_is_refused_by_name_where_the_engines_are_simulated(
+    field: str, asked: Any
+) -> None:
+    with pytest.raises(VLLMValidationError, match=f"^{field}: simulated"):
+        adjust(asked, simulated=True)
+    adjust(asked, simulated=False)
+
+
+@pytest.mark.parametrize(
+    "asked", [ChatCompletionRequest(messages=[]), CompletionRequest(prompt="x"), ResponsesRequest(input="x")]
+)
+def test_simulated_engines_take_what_needs_none(asked: Any) -> None:
+    adjust(asked, simulated=True)
