@@ -26,11 +26,20 @@ FUNCTION = {"name": "get_weather", "parameters": SCHEMA}
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
 
 
-def sampling_params(world: World) -> Any:
+def accepted(world: World) -> Any:
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.serial_utils import MsgpackDecoder
 
-    return MsgpackDecoder(EngineCoreRequest).decode(world.bus.accepted[-1].request.body).sampling_params
+    return MsgpackDecoder(EngineCoreRequest).decode(world.bus.accepted[-1].request.body)
+
+
+def sampling_params(world: World) -> Any:
+    return accepted(world).sampling_params
+
+
+def prompt(world: World) -> list[int]:
+    ids: list[int] = accepted(world).prompt_token_ids
+    return ids
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -157,3 +166,34 @@ def test_what_needs_log_probabilities_is_refused_by_name_where_the_engines_are_s
 )
 def test_simulated_engines_take_what_needs_none(asked: Any) -> None:
     adjust(asked, simulated=True)
+
+
+TOLD = {"type": "output_text", "text": "Yes. ", "annotations": []}
+MORE = {"type": "output_text", "text": "It is Paris.", "annotations": []}
+REFUSED = {"type": "refusal", "refusal": "I cannot say."}
+OUTPUT = {"type": "message", "id": "m1", "status": "completed"}
+GIVEN = [{"type": "input_text", "text": "Yes. "}, {"type": "input_text", "text": "No."}]
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({**OUTPUT, "content": [TOLD]}, "Yes. "),
+        ({**OUTPUT, "content": [TOLD, MORE]}, "Yes. It is Paris."),
+        ({**OUTPUT, "content": [REFUSED]}, "I cannot say."),
+        ({**OUTPUT, "content": [TOLD, REFUSED]}, "Yes. I cannot say."),
+        ({**OUTPUT, "content": []}, ""),
+        ({"content": GIVEN}, "Yes. No."),
+    ],
+)
+async def test_an_assistants_message_counts_with_all_its_parts_refusals_included(
+    world: World, message: dict[str, Any], text: str
+) -> None:
+    world.yields(TEXT)
+    sent: list[list[int]] = []
+    for said in (message, {"content": text}):
+        talk = [{"role": "user", "content": "x"}, {**said, "role": "assistant"}, {"role": "user", "content": "y"}]
+        response = await world.client.post("/v1/responses", json={"model": "smol", "input": talk})
+        assert response.status_code == 200, response.text
+        sent.append(prompt(world))
+    assert sent[0] == sent[1]
