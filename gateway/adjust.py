@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.exceptions import VLLMValidationError
 
 from llmserve.gateway.caller import BATCH, current_caller
-from llmserve.gateway.response_input import whole_messages
+from llmserve.gateway.response_input import readable
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -66,7 +66,7 @@ def adjust(request: Any, simulated: bool) -> str | None:
         raise VLLMValidationError(f"{named}: simulated engines yield no log probabilities", parameter=named)
     tier = _choose_class(extra.get("service_tier", getattr(request, "service_tier", None)))
     if isinstance(items := getattr(request, "input", None), list):
-        request.input = whole_messages(items)
+        request.input = readable(items)
     if _is_forced(getattr(request, "tool_choice", None)):
         _pin_arguments(request.tools or ())
     if "service_tier" not in request.model_fields_set:

@@ -147,6 +147,7 @@ async def _application(args: Namespace, engine: BusLLM, simulated: bool) -> Fast
     from llmserve.gateway.adjust import install_adjustments
     from llmserve.gateway.errors import install_error_handlers
     from llmserve.gateway.model_route import install_model_route
+    from llmserve.gateway.unreadable import refuse_unreadable
 
     app = FastAPI(title="LLMServe", docs_url=None, redoc_url=None)
     app.state.args = args
@@ -159,6 +160,7 @@ async def _application(args: Namespace, engine: BusLLM, simulated: bool) -> Fast
     init_exception_handler(app)
     install_error_handlers(app)
     await init_app_state(engine, app.state, args, ("generate",))
+    refuse_unreadable(app.state.online_renderer)
     install_adjustments(app, simulated)
     return app
 

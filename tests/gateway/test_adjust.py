@@ -197,3 +197,12 @@ async def test_an_assistants_message_counts_with_all_its_parts_refusals_included
         assert response.status_code == 200, response.text
         sent.append(prompt(world))
     assert sent[0] == sent[1]
+
+
+@pytest.mark.parametrize("more", [{}, {"id": "o1", "status": "completed"}])
+async def test_a_tools_output_may_be_a_list_of_texts(world: World, more: dict[str, str]) -> None:
+    world.yields(TEXT)
+    output = {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "Sunny."}]}
+    call = {"type": "function_call", "call_id": "c", "name": "get_weather", "arguments": "{}"}
+    response = await world.client.post("/v1/responses", json={"model": "smol", "input": [call, {**output, **more}]})
+    assert response.status_code == 200, response.text

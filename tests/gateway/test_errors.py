@@ -301,3 +301,19 @@ def salt(body: bytes) -> str | None:
 
     value: str | None = MsgpackDecoder(EngineCoreRequest).decode(body).cache_salt
     return value
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError(), AttributeError("text"), IndexError(), KeyError("x"), TypeError()]
+)
+async def test_what_vllms_renderer_stumbles_over_is_the_clients_error(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async def stumble(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(world.state.online_renderer.renderer, "render_chat_async", stumble)
+    for url in (CHAT_URL, "/v1/responses"):
+        status, told, _ = await post(world, {**BODIES[url], "stream": True, "top_k": 3}, url)
+        assert (status, told["param"]) == (400, "input")
+    assert world.bus.accepted == []
