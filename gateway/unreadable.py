@@ -30,7 +30,7 @@ def _refusing(render: Render) -> Render:
         try:
             return await render(*arguments, **options)
         except _STUMBLES as error:
-            log.warning("an input cannot be rendered: %r", error, exc_info=error)
+            log.warning("an input cannot be rendered: %r", error, exc_info=log.isEnabledFor(logging.DEBUG))
             raise VLLMValidationError("The input has a part that cannot be read", parameter="input") from error
 
     return refusing
