@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from llmserve.bus.messages import Stage
-from llmserve.kvstore.codec import Codec, PageKind, read_header
+from llmserve.kvstore.codec import Codec, PageKind, ValueType, read_header
 from llmserve.kvstore.keys import parse_path
 from llmserve.kvstore.quantize import quantize
 from llmserve.kvstore.stores.filesystem import FilesystemStore
@@ -59,15 +59,15 @@ async def quality(folder: Path) -> dict[str, float]:
     prompts = texts(PROMPTS, PROMPT_TOKENS)
     raw_class = StorageClass(name="raw", type="filesystem", path=str(raw))
     small_class = StorageClass(name="int8", type="filesystem", path=str(small))
-    first = await engine(with_classes(raw_class, disk="raw"))
+    made = with_classes(raw_class, disk="raw")
+    values: ValueType = "fp32" if made.spec.models.primary.dtype == "fp32" else "bf16"
+    first = await engine(made)
     computed = await answers(first, prompts)
     pages = PROMPTS * (PROMPT_TOKENS // PAGE_TOKENS)
     await kept(raw_class, pages)
     await first.close()
-    figures = await recode(raw, small)
-    whole, quantized = await asyncio.gather(
-        engine(with_classes(raw_class, disk="raw"), 1), engine(with_classes(small_class), 1)
-    )
+    figures = await recode(raw, small, values)
+    whole, quantized = await asyncio.gather(engine(made, 1), engine(with_classes(small_class), 1))
     try:
         exact, rounded = await asyncio.gather(answers(whole, prompts), answers(quantized, prompts))
     finally:
@@ -102,8 +102,8 @@ def leading(one: list[int], other: list[int]) -> int:
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-async def recode(raw: Path, small: Path) -> dict[str, float]:
-    """Keep the raw pages of one folder as int8 in another; sizes and speeds."""
+async def recode(raw: Path, small: Path, values: ValueType) -> dict[str, float]:
+    """Keep the raw pages of one folder as int8 in another; sizes beside those in bf16, speeds by the raw bytes."""
     source, target = FilesystemStore("raw", raw), FilesystemStore("int8", small)
     pages, stored, encode_s, decode_s, quantize_s = 0, 0, 0.0, 0.0, 0.0
     async for batch in source.listing("v1/"):
@@ -111,7 +111,7 @@ async def recode(raw: Path, small: Path) -> dict[str, float]:
             data, key = await source.read(item.path), parse_path(item.path)
             assert data is not None
             assert key is not None
-            kind = PageKind("bf16", read_header(data).page_bytes, 64)
+            kind = PageKind(values, read_header(data).page_bytes, 64)
             page = np.empty(kind.page_bytes, np.uint8)
             Codec(kind, "raw").decode(key, data, page)
             begun_s = time.perf_counter()
@@ -121,7 +121,7 @@ async def recode(raw: Path, small: Path) -> dict[str, float]:
             decode_s += time.perf_counter() - middle_s
             encode_s += middle_s - begun_s
             begun_s = time.perf_counter()
-            quantize(page, "bf16", 64)
+            quantize(page, values, 64)
             quantize_s += time.perf_counter() - begun_s
             await target.write(item.path, encoded)
             pages += kind.page_bytes
@@ -129,7 +129,7 @@ async def recode(raw: Path, small: Path) -> dict[str, float]:
     await source.close()
     await target.close()
     return {
-        "int8_bytes_ratio": stored / pages,
+        "int8_bytes_ratio": stored / (pages / 2 if values == "fp32" else pages),
         "int8_encode_gb_s": pages / encode_s / 1e9,
         "int8_decode_gb_s": pages / decode_s / 1e9,
         "int8_quantize_gb_s": pages / quantize_s / 1e9,

@@ -18,8 +18,10 @@ import msgspec
 from llmserve.bus.messages import Role, Stage
 from llmserve.kvstore.codec import DiskType
 from llmserve.kvstore.stores.filesystem import FilesystemStore
+from llmserve.manifests.machine import probe_machine
 from llmserve.manifests.models import PACKAGED_ID, resolve_model
 from llmserve.manifests.schema import KVCache, Manifest, StorageClass
+from llmserve.manifests.sizes import with_dtype
 from llmserve.workers.kv_pages import PageKeeper
 from llmserve.workers.offload.settings import make_stores
 from tests.s3_servers import BUCKET, s3_server
@@ -47,12 +49,9 @@ def texts(count: int, tokens: int) -> list[list[int]]:
     return [[*tokenizer.encode(f"Part {n}. "), *ids[n * step :]][:tokens] for n in range(count)]
 
 
-BF16 = {"id": PACKAGED_ID, "dtype": "bf16"}
-"""Whose pages the figures are of, on CPUs that are slow in it too."""
-
-
 def with_classes(*classes: StorageClass, disk: DiskType = "int8") -> Manifest:
-    made = manifest(model=BF16)
+    """The packaged model as users of this machine have it: in bf16, or in fp32 where bf16 is slow."""
+    made = with_dtype(manifest(model={"id": PACKAGED_ID, "dtype": "auto"}), probe_machine())
     kv_cache = KVCache(prefix_caching=False, dram_gb=0.25, disk_dtype=disk) if classes else made.spec.kv_cache
     spec = msgspec.structs.replace(made.spec, kv_cache=kv_cache, storageClasses=classes)
     return msgspec.structs.replace(made, spec=spec)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from llmserve.workers.engine.base import EngineError
 from llmserve.workers.engine.vllm_core import Core, Pages, pages_of, refused
 from llmserve.workers.engine.vllm_fork import fork_engines
+from llmserve.workers.engine.vllm_subscription import KvSubscription
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
-    import zmq.asyncio
     from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.core_client import AsyncMPClient
@@ -43,12 +43,14 @@ class ProcessCore(Core):
         self._before: set[int] = set()
         self._orders: asyncio.Queue[tuple[EngineCoreRequest | None, list[str]]] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
-        self._events: zmq.asyncio.Socket | None = None
+        self._events: KvSubscription | None = None
 
     async def start(self, sink: Sink) -> Pages:
         self._before = {child.pid for child in _children() if child.pid is not None}
         loop = asyncio.get_running_loop()
-        self._events = self._subscribe()
+        events = self._config.kv_events_config
+        if events is not None and events.enable_kv_cache_events:
+            self._events = KvSubscription(events)
         self._starting = loop.run_in_executor(None, self._open)
         try:
             client = await asyncio.shield(self._starting)
@@ -63,37 +65,14 @@ class ProcessCore(Core):
             asyncio.create_task(self._send(sink), name="engine-core-orders"),
         ]
         if self._events is not None:
+            await self._events.connected()
             self._tasks.append(asyncio.create_task(self._hear(self._events, sink), name="engine-core-kv-events"))
         said = [(str(fingerprint), int(size), str(engines)) for fingerprint, size, engines in ranks]
         return pages_of(cache.num_gpu_blocks or 0, cache.block_size, said)
 
-    def _subscribe(self) -> zmq.asyncio.Socket | None:
-        """Listen before the engine starts: its events are published once."""
-        config = self._config.kv_events_config
-        if config is None or not config.enable_kv_cache_events:
-            return None
-        import zmq.asyncio
-
-        socket = zmq.asyncio.Context.instance().socket(zmq.SUB)
-        socket.setsockopt(zmq.RCVHWM, config.hwm)
-        socket.subscribe(config.topic.encode())
-        socket.connect(config.endpoint)
-        return socket
-
-    async def _hear(self, socket: zmq.asyncio.Socket, sink: Sink) -> None:
-        import msgspec
-        from vllm.distributed.kv_events import KVEventBatch
-
-        decoder = msgspec.msgpack.Decoder(KVEventBatch)
-        expected = 0
-        while True:
-            _, number, payload = await socket.recv_multipart()
-            seq = int.from_bytes(number, "big")
-            if seq != expected:
-                # Only when the queue of the socket was full. Some pages are then not known, or known and gone.
-                logger.error("%d batches of the engine core's KV events were lost", seq - expected)
-            expected = seq + 1
-            sink(decoder.decode(payload))
+    async def _hear(self, events: KvSubscription, sink: Sink) -> None:
+        async for batch in events.batches():
+            sink(batch)
 
     def _open(self) -> AsyncMPClient:
         from vllm.v1.engine.core_client import AsyncMPClient
@@ -139,7 +118,7 @@ class ProcessCore(Core):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._events is not None:
-            self._events.close(linger=0)
+            self._events.close()
         if self._starting is not None and not self._starting.done():
             # The client's constructor ends in an error as soon as its child is gone.
             await asyncio.to_thread(self._kill_new_children)
