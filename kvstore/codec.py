@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from llmserve.kvstore.keys import PageKey
-from llmserve.kvstore.quantize import Bytes, dequantize, quantize, quantized_size
+from llmserve.kvstore.quantize import WIDTHS, Bytes, dequantize, quantize, quantized_size
 
 VERSION = 1
 DiskType = Literal["raw", "zstd", "int8"]
@@ -126,7 +126,7 @@ class Codec:
     def _payload(self, page: Bytes) -> tuple[DiskType, bytes]:
         if self._disk == "int8":
             assert self._kind.group is not None
-            whole = page.size - page.size % (2 * self._kind.group)
+            whole = page.size - page.size % (WIDTHS[self._kind.values] * self._kind.group)
             small = quantize(page[:whole], self._kind.values, self._kind.group)
             if small is not None:
                 return "int8", _compressed(np.concatenate((small, page[whole:])) if whole < page.size else small)
@@ -169,11 +169,11 @@ class Codec:
         if header.encoding == "zstd":
             page[:] = _decompressed(payload, page.size)
             return
-        if not header.group:
-            raise BadPage("int8 in groups of no size")
-        tail = page.size % (2 * header.group)
+        if not header.group or header.values not in WIDTHS:
+            raise BadPage(f"int8 of {header.values} in groups of {header.group}")
+        tail = page.size % (WIDTHS[header.values] * header.group)
         whole = page.size - tail
-        small = quantized_size(whole, header.group)
+        small = quantized_size(whole, header.values, header.group)
         data = _decompressed(payload, small + tail)
         dequantize(data[:small], page[:whole], header.values, header.group)
         page[whole:] = data[small:]
@@ -188,8 +188,8 @@ class Codec:
 
 
 def effective(disk: DiskType, kind: PageKind) -> DiskType:
-    """fp8 is 8 bits already and other types have no groups: such pages are compressed only."""
-    quantizable = kind.values in ("bf16", "fp16") and kind.group is not None
+    """fp8 is 8 bits already, and state of other layers has no groups: such pages are compressed only."""
+    quantizable = kind.values in WIDTHS and kind.group is not None
     return disk if disk != "int8" or quantizable else "zstd"
 
 

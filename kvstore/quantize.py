@@ -34,7 +34,9 @@ _ROUNDING = 1.5 * 2.0**23
 _SMALLEST = 2.0**-24
 """Smallest positive fp16, so that no division by zero is."""
 _LARGEST = 65504.0
-_TYPES = {"bf16": "bfloat16", "fp16": "float16"}
+_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
+"""Bytes of a value, of the types that can be quantized."""
 
 
 def group_size(head_sizes: Sequence[int]) -> int | None:
@@ -43,18 +45,18 @@ def group_size(head_sizes: Sequence[int]) -> int | None:
     return next((group for group in GROUPS if common and common % group == 0), None)
 
 
-def quantized_size(page_bytes: int, group: int) -> int:
-    """Bytes of the quantized page; ``page_bytes`` of 16-bit values are whole groups."""
-    values = page_bytes // 2
+def quantized_size(page_bytes: int, dtype: str, group: int) -> int:
+    """Bytes of the quantized page; ``page_bytes`` are whole groups."""
+    values = page_bytes // WIDTHS[dtype]
     return values + values // group * 2
 
 
 def quantize(page: Bytes, dtype: str, group: int) -> Bytes | None:
-    """Scales and values of a page of ``bf16`` or ``fp16``; None if it holds what int8 cannot express (not finite)."""
+    """Scales and values of a page; None if it holds what int8 cannot express (not finite)."""
     import torch
 
     values = _typed(torch.from_numpy(page), dtype).view(-1, group)
-    out = np.empty(quantized_size(page.size, group), np.uint8)
+    out = np.empty(quantized_size(page.size, dtype, group), np.uint8)
     whole, groups, rows = torch.from_numpy(out), len(values), _PIECE // group
     scales = whole[: groups * 2].view(torch.float16)
     quantized = whole[groups * 2 :].view(torch.int8).view(-1, group)
@@ -78,17 +80,17 @@ def quantize(page: Bytes, dtype: str, group: int) -> Bytes | None:
 
 
 def _largest(values: torch.Tensor, rows: int) -> torch.Tensor:
-    """The largest absolute value of each group (fp32): without their signs, 16-bit floats are in the order of their
-    bits."""
+    """The largest absolute value of each group (fp32): without their signs, floats are in the order of their bits."""
     import torch
 
-    largest = torch.empty(len(values), dtype=torch.int16)
+    integers = torch.int16 if values.element_size() == 2 else torch.int32
+    largest = torch.empty(len(values), dtype=integers)
     positive = torch.empty((rows, values.shape[1]), dtype=values.dtype)
-    bits = positive.view(torch.int16)
+    bits = positive.view(integers)
     for piece, target in zip(values.split(rows), largest.split(rows), strict=True):
         if len(piece) < rows:
             positive = positive[: len(piece)]
-            bits = positive.view(torch.int16)
+            bits = positive.view(integers)
         torch.abs(piece, out=positive)
         torch.amax(bits, 1, out=target)
     return largest.view(values.dtype).float()
@@ -98,7 +100,7 @@ def dequantize(data: Bytes, page: Bytes, dtype: str, group: int) -> None:
     """Write the page of ``quantize``'s ``data`` into ``page``. Raises ``ValueError`` if the sizes do not fit."""
     import torch
 
-    if data.size != quantized_size(page.size, group):
+    if data.size != quantized_size(page.size, dtype, group):
         raise ValueError(f"{data.size} bytes are not the quantized form of a page of {page.size}")
     values = _typed(torch.from_numpy(page), dtype).view(-1, group)
     groups, rows = len(values), _PIECE // group

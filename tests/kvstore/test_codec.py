@@ -30,7 +30,7 @@ from llmserve.kvstore.quantize import Bytes, dequantize, group_size, quantize
 
 KEY = PageKey("f00d" * 4, "t-a", bytes(range(32)))
 SECRET = bytes(range(100, 132))
-TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def a_page(values: int = 4096, dtype: ValueType = "bf16", seed: int = 1, scale: float = 1.0) -> Bytes:
@@ -68,7 +68,7 @@ def test_lossless_encodings_return_any_bytes(disk: DiskType, key: bytes | None, 
     assert read_header(data).parent == parent
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @given(
     values=st.lists(st.floats(-60000, 60000, width=16), min_size=64, max_size=64),
     groups=st.integers(1, 5),
@@ -88,7 +88,7 @@ def test_an_int8_value_is_off_by_half_its_groups_scale_at_most(
     # The scale itself is rounded to 11 bits, or to a multiple of 2**-24 if it is tiny; the result to the page's type.
     bound = (
         scale * 0.5
-        + drawn.float().abs() * (2**-8 if dtype == "bf16" else 2**-10)
+        + drawn.float().abs() * {"bf16": 2**-8, "fp16": 2**-10, "fp32": 2**-23}[dtype]
         + scale * 127 * 2**-11
         + 127 * 2**-24
     )
@@ -139,18 +139,23 @@ def test_the_codec_keeps_to_its_thread_if_told_to_and_the_others_keep_theirs() -
     assert torch.get_num_threads() == before
 
 
-def test_int8_halves_a_page_and_keeps_the_order_of_magnitude_of_each_channel() -> None:
-    page, made = a_page(65536), codec(page_bytes=131072)
+@pytest.mark.parametrize("values", ["bf16", "fp16", "fp32"])
+def test_int8_is_half_of_16_bits_and_keeps_the_order_of_magnitude_of_each_channel(values: ValueType) -> None:
+    page = a_page(65536, values)
+    made = codec(values=values, page_bytes=page.size)
     data = made.encode(KEY, page)
-    assert len(data) <= 0.5 * page.size
-    error = (numbers(decoded(made, data)) - numbers(page)).norm() / numbers(page).norm()
+    assert len(data) <= 0.5 * 65536 * 2
+    back = decoded(made, data)
+    error = (numbers(back, values) - numbers(page, values)).norm() / numbers(page, values).norm()
     assert error < 0.015
 
 
-def test_a_page_that_is_no_multiple_of_the_group_keeps_its_end_as_it_is() -> None:
-    page = np.concatenate((a_page(), np.arange(70, dtype=np.uint8)))
-    made = codec(page_bytes=page.size)
-    assert decoded(made, made.encode(KEY, page))[-70:].tolist() == page[-70:].tolist()
+@pytest.mark.parametrize(("values", "width"), [("bf16", 2), ("fp32", 4)])
+def test_a_page_that_is_no_multiple_of_the_group_keeps_its_end_as_it_is(values: ValueType, width: int) -> None:
+    rest = 35 * width
+    page = np.concatenate((a_page(dtype=values), np.arange(rest, dtype=np.uint8)))
+    made = codec(values=values, page_bytes=page.size)
+    assert decoded(made, made.encode(KEY, page))[-rest:].tolist() == page[-rest:].tolist()
 
 
 def test_zeros_stay_zeros() -> None:
@@ -158,17 +163,20 @@ def test_zeros_stay_zeros() -> None:
     assert not decoded(made, made.encode(KEY, np.zeros(8192, np.uint8))).any()
 
 
-@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
-def test_a_page_that_int8_cannot_express_is_stored_as_it_is(odd: float) -> None:
-    page = a_page()
-    torch.from_numpy(page).view(torch.bfloat16)[77] = odd
-    made = codec()
+@pytest.mark.parametrize(
+    ("values", "odd"),
+    [("bf16", float("nan")), ("bf16", float("inf")), ("fp32", float("nan")), ("fp32", float("-inf")), ("fp32", 1e9)],
+)
+def test_a_page_that_int8_cannot_express_is_stored_as_it_is(values: ValueType, odd: float) -> None:
+    page = a_page(dtype=values)
+    torch.from_numpy(page).view(TORCH[values])[77] = odd
+    made = codec(values=values, page_bytes=page.size)
     data = made.encode(KEY, page)
     assert read_header(data).encoding == "zstd"
     assert decoded(made, data).tobytes() == page.tobytes()
 
 
-@pytest.mark.parametrize(("values", "group"), [("fp8", 64), ("fp32", 64), ("bf16", None)])
+@pytest.mark.parametrize(("values", "group"), [("fp8", 64), ("fp32", None), ("bf16", None)])
 def test_pages_that_gain_nothing_by_int8_pass_through_it(values: ValueType, group: int | None) -> None:
     made = Codec(PageKind(values, 8192, group), "int8")
     page = a_page()

@@ -173,6 +173,7 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
     # -- jobs ---------------------------------------------------------------------------------------------------
 
     def submit_store(self, job_metadata: TransferJob) -> None:
+        self._drain()  # what has been written since the last step makes room
         job = job_metadata
         space = space_of_request(job.req_context.kv_transfer_params)
         kept = kept_tokens(job.req_context.kv_transfer_params)

@@ -217,6 +217,25 @@ def test_the_end_of_what_is_too_much_at_once_is_dropped_and_counted(
         made.tier.shutdown()
 
 
+def test_what_was_written_since_the_last_step_makes_room_for_more(
+    disk: StorageClass, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of a long prompt takes seconds."""
+    from llmserve.workers.offload import tier as module
+
+    monkeypatch.setattr(module, "_BACKLOG", 4 / ROWS)
+    made = Tier(disk).open()
+    try:
+        for first in (1, 5, 9):
+            made.store(list(range(first, first + 4)))
+            kept = first + 3
+            until(lambda: len(list(tmp_path.rglob("*.kv"))) == kept)  # noqa: B023 (asked at once)
+            time.sleep(0.05)
+        assert _count(made, "dropped") == 0
+    finally:
+        made.tier.shutdown()
+
+
 def test_what_loads_slower_than_it_computes_is_computed(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmserve.kvstore.stores.filesystem import FilesystemStore
 
