@@ -52,7 +52,7 @@ def texts(count: int, tokens: int) -> list[list[int]]:
 def with_classes(*classes: StorageClass, disk: DiskType = "int8") -> Manifest:
     """The packaged model as users of this machine have it: in bf16, or in fp32 where bf16 is slow."""
     made = with_dtype(manifest(model={"id": PACKAGED_ID, "dtype": "auto"}), probe_machine())
-    kv_cache = KVCache(prefix_caching=False, dram_gb=0.25, disk_dtype=disk) if classes else made.spec.kv_cache
+    kv_cache = KVCache(prefix_caching=False, dram_gb=0.5, disk_dtype=disk) if classes else made.spec.kv_cache
     spec = msgspec.structs.replace(made.spec, kv_cache=kv_cache, storageClasses=classes)
     return msgspec.structs.replace(made, spec=spec)
 
