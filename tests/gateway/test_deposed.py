@@ -9,6 +9,7 @@ import pytest
 
 from llmserve.bus.memory import MemoryBroker
 from llmserve.bus.messages import AnyMessage, AttemptLost, Rejected
+from tests.gateway.test_api import until
 from tests.sim_gateway import SimGateway
 
 
@@ -47,10 +48,11 @@ async def test_a_deposed_routers_word_changes_nothing(
     (stored,) = routers.broker.requests.values()
     request_id = stored.request.request_id
     await routers.say(lost(request_id, 0, epoch=2))
-    assert routers.attempts() == [1]
+    await until(lambda: routers.attempts() == [1])
     await routers.say(old(request_id, 1, 1))
     assert routers.attempts() == [1]
     assert not answer.done.is_set()
     await routers.say(rejected(request_id, 1, epoch=2))
+    await until(answer.done.is_set)
     assert answer.code == "unavailable"
     await gateway.close()
