@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 MAX_PAYLOAD_BYTES = 8 << 20
 _PR_SET_PDEATHSIG = 1
 _STABLE_S = 5.0
+_PORT_TRIES = 3
 _LOOK_S = 2.0
 _ROOM_BYTES = 16 << 20
 """What must be free on the disk for a server that could not write to be started again."""
@@ -98,9 +99,7 @@ class EmbeddedServer:
             binary = find_binary()
             self._state.acquire()
             try:
-                self._endpoint = self._choose_endpoint()
-                self._launch(binary)
-                self._await_ready()
+                self._start_on_a_free_port(binary)
             except BaseException:
                 self.stop()
                 raise
@@ -180,6 +179,19 @@ class EmbeddedServer:
         if self._endpoint is None:
             raise ServerError("the embedded server was not started")
         return self._endpoint
+
+    def _start_on_a_free_port(self, binary: Path) -> None:
+        # One that is free when it is chosen may be taken when the server asks for it.
+        for tries_left in reversed(range(_PORT_TRIES)):
+            self._endpoint = self._choose_endpoint()
+            self._launch(binary)
+            try:
+                self._await_ready()
+            except ServerError as error:
+                if not tries_left or "address already in use" not in str(error):
+                    raise
+            else:
+                return
 
     def _choose_endpoint(self) -> Endpoint:
         """The kept one while its port is free, else a new one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -90,6 +91,22 @@ def test_what_a_killed_server_left_does_not_hinder_the_next(server: EmbeddedServ
     server.start()
     assert server.alive
     assert not (run / "nats-server_999999.ports").exists()
+
+
+def test_a_port_that_someone_takes_meanwhile_is_given_up_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmserve.bus import server as module
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        found = iter([taken.getsockname()[1], module._free_port()])
+        monkeypatch.setattr(module, "_free_port", lambda: next(found))
+        server = EmbeddedServer(tmp_path)
+        server.start()
+        assert server.alive
+        server.stop()
 
 
 def test_two_servers_never_share_a_state(server: EmbeddedServer, tmp_path: Path) -> None:
