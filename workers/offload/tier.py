@@ -220,12 +220,11 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
             self._known.add(page)
 
     def submit_load(self, job_metadata: TransferJob) -> None:
-        job = job_metadata
         self._jobs += 1
-        space = space_of_request(job.req_context.kv_transfer_params)
-        items = [(key, int(chunk)) for key, chunk in zip(job.keys, job.chunk_ids, strict=True)]
-        compute_s = page_compute_s(job.req_context.kv_transfer_params, self._page_tokens)
-        self._thread.begin(self._load(job.job_id, space, items, compute_s))
+        space = space_of_request(job_metadata.req_context.kv_transfer_params)
+        items = [(key, int(chunk)) for key, chunk in zip(job_metadata.keys, job_metadata.chunk_ids, strict=True)]
+        compute_s = page_compute_s(job_metadata.req_context.kv_transfer_params, self._page_tokens)
+        self._thread.begin(self._load(job_metadata.job_id, space, items, compute_s))
 
     async def _load(self, job_id: int, space: str, items: list[tuple[OffloadKey, int]], compute_s: float) -> None:
         begun_s = time.monotonic()
