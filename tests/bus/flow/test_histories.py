@@ -1,7 +1,11 @@
-"""Random histories: arrivals, grants, refusals, deaths, cancels, lost messages; every invariant after every event."""
+"""Random histories: arrivals, grants, refusals, deaths, cancels, lost messages; every invariant after every event.
+
+``LLMSERVE_FLOW_HISTORIES`` sets on how many each property is tried.
+"""
 
 from __future__ import annotations
 
+import os
 import random
 
 from hypothesis import example, given, settings
@@ -10,6 +14,8 @@ from hypothesis import strategies as st
 from llmserve.bus.flow.settings import RouterSettings, TenantSettings
 from llmserve.bus.messages import Role
 from tests.bus.flow.world import World
+
+HISTORIES = int(os.environ.get("LLMSERVE_FLOW_HISTORIES", "16"))
 
 BOUNDED = RouterSettings(
     tenants={
@@ -76,7 +82,7 @@ def assert_all_ended(world: World) -> None:
     assert all(not worker.book and worker.pages == 0 for worker in world.core.ledger.workers.values())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=HISTORIES, deadline=None)
 @given(st.integers(0, 1 << 30), st.sampled_from((0.0, 0.05, 0.2)))
 def test_with_prefill_and_decode_workers_every_request_ends_and_no_bound_is_ever_exceeded(
     seed: int, loss: float
@@ -85,14 +91,14 @@ def test_with_prefill_and_decode_workers_every_request_ends_and_no_bound_is_ever
     assert_all_ended(world)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=HISTORIES, deadline=None)
 @given(st.integers(0, 1 << 30), st.sampled_from((0.0, 0.05, 0.2)))
 def test_with_workers_of_both_roles_every_request_ends_and_no_bound_is_ever_exceeded(seed: int, loss: float) -> None:
     world = live_through(seed, (Role.BOTH, Role.BOTH), loss, 150)
     assert_all_ended(world)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=HISTORIES, deadline=None)
 @given(st.integers(0, 1 << 30))
 def test_without_faults_no_attempt_is_lost(seed: int) -> None:
     rng = random.Random(seed)
@@ -106,7 +112,7 @@ def test_without_faults_no_attempt_is_lost(seed: int) -> None:
     assert sum(world.core.stats.attempts_lost.values()) == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=HISTORIES, deadline=None)
 @given(st.integers(0, 1 << 30), st.sampled_from((0.0, 0.1)), st.booleans())
 @example(11, 0.1, False)
 @example(125, 0.1, False)
