@@ -272,7 +272,7 @@ async def test_a_follower_gets_again_what_was_lost_on_the_way(server: EmbeddedSe
     await asyncio.gather(*(accepting.accept(a_request(f"s{i}"), "acme", "batch") for i in range(100)))
     await until(lambda: len(seen) == 400)
     assert seen == list(range(1, 401))
-    assert follower.recreations == 1
+    await until(lambda: follower.recreations == 1)
 
 
 async def test_a_follower_catches_up_when_what_it_waits_for_is_deleted(
