@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -77,6 +78,11 @@ class Bus(ABC):
     def closed(self) -> bool:
         """Whether ``close`` was called."""
 
+    @property
+    def reconnected_s(self) -> float:
+        """When the bus was last back after it was away, by ``time.monotonic``; minus infinity if it never was."""
+        return -math.inf
+
     @abstractmethod
     def publish(self, subject: str, message: Message, *, no_responders: Callable[[], None] | None = None) -> None:
         """Send over core NATS, at most once, in order, without waiting.
@@ -132,8 +138,8 @@ class Bus(ABC):
         """(router, epoch) of the current leader; ``("", 0)`` if there was none yet."""
 
     @abstractmethod
-    def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
-        """Run ``callback`` after every reconnect."""
+    def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+        """Run ``callback`` after every reconnect, until what is returned is called."""
 
     def defer(self, work: Callable[[], None]) -> None:
         """Call ``work`` soon: from a handler, once the messages that were received together have been handled."""

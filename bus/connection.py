@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -33,6 +34,7 @@ class Connection:
         self.counters = BusCounters()
         self.outbox = Outbox(settings.outbox_max_bytes, self.counters)
         self.closed = False
+        self.reconnected_s = -math.inf
         self._client: DirectClient | None = None
         self._subscriptions: set[RawSubscription] = set()
         self._up = asyncio.Event()
@@ -65,9 +67,10 @@ class Connection:
     def max_payload_bytes(self) -> int:
         return int(self._client.max_payload) if self._client is not None else 0
 
-    def on_reconnect(self, hook: Callable[[], Awaitable[None]]) -> None:
-        """Run ``hook`` after every reconnect, after those registered before."""
+    def on_reconnect(self, hook: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+        """Run ``hook`` after every reconnect, after those registered before, until what is returned is called."""
         self._hooks.append(hook)
+        return lambda: self._hooks.remove(hook)
 
     async def subscribe(self, subject: str, callback: Callable[[Reply], None]) -> RawSubscription:
         """Call ``callback`` for each message on ``subject``, until it is unsubscribed, over all reconnects."""
@@ -210,6 +213,7 @@ class Connection:
     def _came_back(self, client: DirectClient) -> None:
         if client is not self._client:
             return
+        self.reconnected_s = time.monotonic()
         self.counters.reconnects += 1
         logger.info("reconnected to the bus")
         self._up.set()

@@ -13,7 +13,7 @@ COALESCE_S = 0.02
 
 
 class Beater:
-    """Publishes a member's heartbeat each second, and soon after each change."""
+    """Publishes a member's heartbeat each second, and soon after each change and each reconnect."""
 
     def __init__(self, bus: Bus, heartbeat: Callable[[], Heartbeat], every_s: float = BEAT_S) -> None:
         self._bus = bus
@@ -21,10 +21,12 @@ class Beater:
         self._every_s = every_s
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._leave_bus: Callable[[], None] | None = None
 
     def start(self) -> None:
         """Beat now and from now on."""
         self.beat()
+        self._leave_bus = self._bus.on_reconnect(self._reconnected)
         self._task = asyncio.create_task(self._run())
 
     def changed(self) -> None:
@@ -41,6 +43,12 @@ class Beater:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
+        if self._leave_bus is not None:
+            self._leave_bus()
+            self._leave_bus = None
+
+    async def _reconnected(self) -> None:
+        self.changed()
 
     async def _run(self) -> None:
         while True:

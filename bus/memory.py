@@ -229,8 +229,9 @@ class MemoryBus(Bus):
     async def leader(self) -> tuple[str, int]:
         return await self._turn(self.broker.leader)
 
-    def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
+    def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> Callable[[], None]:
         self._hooks.append(callback)
+        return lambda: self._hooks.remove(callback)
 
     async def reconnect(self) -> None:
         """Behave as after a lost and regained connection."""

@@ -169,6 +169,8 @@ class Refused(Message, frozen=True, kw_only=True):
     reason: str
     retry: bool = True
     """False: no worker of this kind will ever run it (wrong engine API, does not fit)."""
+    epoch: int = 0
+    """Of the grant."""
 
 
 class Prefilling(Message, frozen=True, kw_only=True):

@@ -85,6 +85,10 @@ class NatsBus(Bus):
     def closed(self) -> bool:
         return self._connection.closed
 
+    @property
+    def reconnected_s(self) -> float:
+        return self._connection.reconnected_s
+
     async def ensure_streams(self) -> None:
         """Make the streams, or change them to the settings. Also after a reconnect: the server may be a new one."""
         await ensure_streams(self._api, self.subjects, self._connection.settings)
@@ -189,8 +193,8 @@ class NatsBus(Bus):
 
     # -- the connection ------------------------------------------------------------------------------------------
 
-    def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
-        self._connection.on_reconnect(callback)
+    def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+        return self._connection.on_reconnect(callback)
 
     def defer(self, work: Callable[[], None]) -> None:
         self._connection.defer(work)

@@ -108,9 +108,9 @@ class Aheads:
         fetched = self._fetched.get(work_id, now_s)
         return fetched.moved_bytes if fetched is not None else 0
 
-    def cancel(self, request_ids: set[str], now_s: float) -> list[Action]:
-        """Nobody wants these any more."""
-        for request_id in request_ids:
+    def cancel(self, request_ids: set[str], now_s: float, *, for_good: bool) -> list[Action]:
+        """Nobody wants these any more; ``for_good``: nor any later attempt of them."""
+        for request_id in request_ids if for_good else ():
             self._cancelled.set(request_id, True, now_s)
         work_ids = [work_id for work_id in self._fetched if work_id.rpartition(".")[0] in request_ids]
         return [Abort(work_ids)] if work_ids else []

@@ -58,6 +58,7 @@ class Reports:
                 stage=grant.stage,
                 reason=reason,
                 retry=retry,
+                epoch=grant.epoch,
             )
         )
 

@@ -15,6 +15,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from llmserve.bus.base import Bus, BusError, Overtaken
+from llmserve.bus.flow.bus_watch import BusWatch
 from llmserve.bus.flow.router import Deposed, Router
 from llmserve.bus.flow.settings import RouterSettings
 from llmserve.bus.membership import Beater
@@ -56,7 +57,6 @@ class RouterService:
         self._heard_s: dict[str, float] = {}
         self._absent: set[str] = set()
         """Routers at whose subject nobody listens."""
-        self._reconnected_s = float("-inf")
         self._heard = asyncio.Event()
         self._stopped = asyncio.Event()
 
@@ -71,7 +71,6 @@ class RouterService:
             await self._bus.subscribe(subjects.heartbeats, self._hear),
             await self._bus.subscribe(subjects.router(self.member), lambda _: None),
         ]
-        self._bus.on_reconnect(self._on_reconnect)
         self._beater.start()
         try:
             while not self._stopped.is_set():
@@ -140,10 +139,10 @@ class RouterService:
                     continue
                 read_s = time.monotonic()
                 router.stand_by()
-            if cause := self._vacancy(leader, since_s):
+            if cause := self._vacancy(leader, since_s, router.watch):
                 logger.warning("taking over from router %r, epoch %d: %s", leader, epoch, cause)
                 return epoch
-            self._probe(leader)
+            self._probe(leader, router.watch)
             self._heard.clear()
             try:
                 async with asyncio.timeout(PROBE_S):
@@ -152,7 +151,7 @@ class RouterService:
                 continue
         return None
 
-    def _vacancy(self, leader: str, since_s: float) -> str:
+    def _vacancy(self, leader: str, since_s: float, watch: BusWatch) -> str:
         """Why ``leader``, heard or awaited since ``since_s``, does not lead; empty if it does."""
         if not leader:
             return "nobody led before"
@@ -160,14 +159,15 @@ class RouterService:
             return "it is this one"
         if leader in self._absent:
             return "nobody listens there"
-        heard_s = max(self._heard_s.get(leader, since_s), self._reconnected_s)
         if self._heard_s.get(leader) == float("-inf"):
             return "it left"
-        return "it is silent" if time.monotonic() - heard_s >= LEADER_SILENT_S else ""
+        heard_s = max(self._heard_s.get(leader, since_s), watch.back_s)
+        silent = watch.carries and time.monotonic() - heard_s >= LEADER_SILENT_S
+        return "it is silent" if silent else ""
 
-    def _probe(self, leader: str) -> None:
+    def _probe(self, leader: str, watch: BusWatch) -> None:
         def nobody() -> None:
-            if time.monotonic() - self._reconnected_s >= RETURN_S:
+            if watch.carries and time.monotonic() - watch.back_s >= RETURN_S:
                 self._absent.add(leader)
                 self._heard.set()
 
@@ -175,10 +175,6 @@ class RouterService:
             self._bus.publish(self._bus.subjects.router(leader), Ping(member=self.member), no_responders=nobody)
         except BusError as error:
             logger.warning("the leader cannot be probed: %s", error)
-
-    async def _on_reconnect(self) -> None:
-        self._reconnected_s = time.monotonic()
-        self._absent.clear()
 
     def _hear(self, message: AnyMessage) -> None:
         if not isinstance(message, Heartbeat) or message.role is not Role.ROUTER:

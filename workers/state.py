@@ -248,13 +248,15 @@ class WorkerState:
     # -- control ---------------------------------------------------------------------------------------------------
 
     def cancelled(self, cancel: Cancel, now_s: float) -> list[Action]:
-        """Stop these requests here, and do not start them within the next minute."""
+        """Stop these requests here, and, if their gateway says so, do not start them within the next minute. A router
+        takes a silent gateway for dead; if it is not, it sends them again."""
         if 0 < cancel.epoch < self.epoch:
             return []
         ids = set(cancel.request_ids)
-        self._tasks.forbid(ids, now_s)
+        if not cancel.epoch:
+            self._tasks.forbid(ids, now_s)
         running = self._tasks.cancel(task for task in self._tasks if task.request.request_id in ids)
-        return running + self._aheads.cancel(ids, now_s)
+        return running + self._aheads.cancel(ids, now_s, for_good=not cancel.epoch)
 
     def synced(self, sync: Sync, now_s: float) -> list[Action]:
         """Show a new leader everything: the inventory, and handoffs that it may not have heard of."""

@@ -97,7 +97,6 @@ class Worker:
         self._completions = Completions(self._bus, self.state, self._act, self._metrics)
         for subject in (subjects.work(member), subjects.control, subjects.kv_resync(member)):
             self._subscriptions.append(await self._bus.subscribe(subject, self._on_message))
-        self._bus.on_reconnect(self._on_reconnect)
         self._completions.start(settings.parallel_completions)
         self._beater.start()
         return info
@@ -187,10 +186,6 @@ class Worker:
             self._act(self.state.synced(message, now_s))
         elif isinstance(message, KvResync):
             self._pages.tell_all()
-
-    async def _on_reconnect(self) -> None:
-        if self.alive:
-            self._beater.changed()
 
     async def _step_for_ever(self) -> None:
         last_s = time.monotonic()

@@ -70,12 +70,14 @@ class Arrivals:
 
     def cancelled(self, event: Cancel, now_s: float) -> None:
         """Requests that nobody waits for any more, known or not."""
+        by_gateway = event.epoch == 0
         for request_id in event.request_ids:
-            self._outcomes.cancelled.add(request_id, now_s)
+            if by_gateway:
+                self._outcomes.cancelled.add(request_id, now_s)
             self._outcomes.rejections.answered(request_id)
             entry = self._ledger.by_request.get(request_id)
             if entry is not None:
-                self._outcomes.cancel(entry, now_s)
+                self._outcomes.cancel(entry, now_s, for_good=by_gateway)
 
     def _supersede(self, old: Entry, new: Entry, now_s: float) -> None:
         new.charges, old.charges = old.charges, []

@@ -103,7 +103,7 @@ class RouterCore:
 
     def begin(self, router: str, epoch: int) -> None:
         """Lead from now on, under ``epoch``."""
-        self._outcomes.router, self._outcomes.epoch = router, epoch
+        self._outcomes.lead(router, epoch)
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """Take one event in; O(log requests), for heartbeats linear in their inventory. ``dispatch`` comes next."""

@@ -27,6 +27,11 @@ class Outcomes:
         self._ledger = ledger
         self._stats = stats
 
+    def lead(self, router: str, epoch: int) -> None:
+        """Speak as this leader from now on. What was said without an epoch was nobody's word."""
+        self.router, self.epoch = router, epoch
+        self.rejections = Rejections(self._ledger.settings.lost_retry_s)
+
     def take_actions(self) -> list[Action]:
         """All that was collected since the last call."""
         actions, self.actions = self.actions, []
@@ -101,12 +106,16 @@ class Outcomes:
         self._ledger.settle(entry, 0, entry.prompt_tokens)
         self._ledger.forget(entry)
 
-    def cancel(self, entry: Entry, now_s: float) -> None:
-        """A worker that runs it heard of it too: its credit returns with ``Finished`` or the next inventories."""
+    def cancel(self, entry: Entry, now_s: float, *, for_good: bool = True) -> None:
+        """A worker that runs it heard of it too: its credit returns with ``Finished`` or the next inventories.
+
+        ``for_good``: no later attempt is run either. A gateway that was silent may be there after all.
+        """
         if entry.cancelled:
             return
         self._stats.cancelled += 1
-        self.cancelled.add(entry.request_id, now_s)
+        if for_good:
+            self.cancelled.add(entry.request_id, now_s)
         self.actions.append(Discard(entry.seq))
         if entry.place in ON_WORKER:
             entry.cancelled = True

@@ -102,6 +102,9 @@ class Presence:
             limit_s, deadline_s = self._ledger.patience_s(entry), self._settings.queue_deadline_s
             code = "overdue" if limit_s < deadline_s else "deadline"
             outcomes.reject(entry, code, f"queued for more than {min(limit_s, deadline_s):g} s", now_s)
+        elif entry.place is Place.GRANTED and self._members.returning(now_s):
+            # What its worker said was lost with the bus; the inventories that come now will say it again.
+            self._ledger.timers.set(now_s + self._settings.confirm_timeout_s, entry)
         elif entry.place is Place.GRANTED:
             self._stats.confirm_timeouts += 1
             outcomes.lose(entry, "confirm", "its worker did not confirm the grant", now_s)
@@ -116,14 +119,15 @@ class Presence:
         if worker is not None:
             self._worker_lost(worker, cause, now_s, unconfirmed=True, died=died)
         gateway = self._ledger.gateways.get(member)
-        if gateway is None:
+        if gateway is None or not self._outcomes.epoch:
+            # A standby hears from the leader which requests that ended.
             return
         entries = list(gateway.requests.values())
         if entries:
             request_ids = [entry.request_id for entry in entries]
             self._outcomes.actions.append(Broadcast(Cancel(request_ids=request_ids, epoch=self._outcomes.epoch)))
         for entry in entries:
-            self._outcomes.cancel(entry, now_s)
+            self._outcomes.cancel(entry, now_s, for_good=False)
         if not gateway.requests:
             del self._ledger.gateways[member]
 

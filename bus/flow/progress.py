@@ -29,6 +29,9 @@ class Progress:
         entry = self._granted_to(event.worker, event.seq, event.stage)
         if entry is None or entry.place is not Place.GRANTED or entry.worker is None:
             return
+        if event.epoch and event.epoch != self._outcomes.epoch:
+            # Another leader's grant of the same attempt: ours may be taken there.
+            return
         if event.retry:
             entry.worker.muted = True
             self._outcomes.requeue(entry, now_s)

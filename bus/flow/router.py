@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
-import weakref
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry
 
 from llmserve.bus.base import Bus, BusError, Follower, Subscription
+from llmserve.bus.flow.bus_watch import BusWatch
 from llmserve.bus.flow.carrier import RETRY_S, Carrier
 from llmserve.bus.flow.core import RouterCore
 from llmserve.bus.flow.events import Event, Reconnected, StreamRead, Tick, Told
 from llmserve.bus.flow.metrics import FlowMetrics
 from llmserve.bus.flow.placement import Placement
 from llmserve.bus.flow.settings import RouterSettings
-from llmserve.bus.messages import (
-    Accepted,
-    AnyMessage,
-    Cancel,
-    Sync,
-)
+from llmserve.bus.messages import Accepted, AnyMessage, Cancel, Sync
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +73,9 @@ class Router:
         self._subscriptions: list[Subscription] = []
         self._follower: Follower | None = None
         self._carrier = Carrier(bus, member, self.metrics, self._handle)
+        self.watch = BusWatch(bus, member, clock)
+        self._back_s = -math.inf
+        """The last return of the bus that the core was told of."""
         self._deposed: Deposed | None = None
         self._wake = asyncio.Event()
         self._stopped = False
@@ -99,17 +98,16 @@ class Router:
             self._subscriptions.append(await self._bus.subscribe(subject, self._on_message))
         self._follower = await self._bus.follow(self._handle)
         self._subscriptions.append(self._follower)
-        hook = weakref.WeakMethod(self._on_reconnect)
-
-        async def reconnected() -> None:
-            if (call := hook()) is not None:
-                await call()
-
-        self._bus.on_reconnect(reconnected)
+        await self.watch.start()
 
     def stand_by(self) -> None:
         """Call a few times a second while another router leads."""
-        self._handle(Tick())
+        self._tick()
+
+    def _tick(self) -> None:
+        """While the bus is away time does not pass: nobody can be heard, and nothing be said."""
+        if self.watch.carries:
+            self._handle(Tick())
 
     async def start(self, over: int | None = None) -> None:
         """Take the leadership, of the leader of epoch ``over`` if it is given, learn what runs where, and begin to
@@ -146,7 +144,7 @@ class Router:
                         await self._recover(stalled_s)
                         last_s = time.monotonic()
                         continue
-                    self._handle(Tick())
+                    self._tick()
                     self._carrier.ping_members(self.core.ledger)
                     ticks += 1
                     if ticks % 4 == 0:
@@ -187,6 +185,10 @@ class Router:
             except BusError as error:
                 self._carrier.failed("unsubscribe", error)
         self._subscriptions.clear()
+        try:
+            await self.watch.stop()
+        except BusError as error:
+            self._carrier.failed("unsubscribe", error)
         await self._carrier.stop()
 
     # -- events in ------------------------------------------------------------------------------------------------
@@ -200,12 +202,12 @@ class Router:
         elif isinstance(message, Told):
             self._handle(message)
 
-    async def _on_reconnect(self) -> None:
-        self._handle(Reconnected())
-
     def _handle(self, event: Event) -> None:
         if self._stopped or self._deposed is not None:
             return
+        if self.watch.back_s > self._back_s:
+            self._back_s = self.watch.back_s
+            self._handle(Reconnected())
         try:
             self._carrier.act(self.core.handle(event, self._clock()), leads=self.leads)
         except Exception as error:  # an error here must not end the subscription that called

@@ -32,7 +32,7 @@ PUBLISHED = 30
 def other(services: Services) -> Iterator[str]:
     """URL of a second gateway's API."""
     process = services.start("gateway-2", "gateway")
-    wait_for(lambda: answers_200(f"{services.urls['gateway-2']}/health/ready"), 60, "the second gateway")
+    wait_for(lambda: answers_200(f"{services.urls['gateway-2']}/health/ready"), 180, "the second gateway")
     yield services.urls["gateway-2"]
     process.end()
     del services.processes["gateway-2"]

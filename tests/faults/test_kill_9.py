@@ -51,15 +51,17 @@ async def test_a_decode_worker_that_stands_still_amid_streams_is_replaced_and_ha
     require_exact(ended)
 
 
+@pytest.mark.parametrize("away_s", [0.5, 6.0])
 async def test_a_killed_nats_server_costs_a_pause_and_no_request(
-    services: Services, observer: Observer, gateway: SimGateway
+    services: Services, observer: Observer, gateway: SimGateway, away_s: float
 ) -> None:
+    """Six seconds: longer than any silence after which a member is gone."""
     asking = asyncio.create_task(asked(gateway, 30, 150, over_s=1.5))
     running = asyncio.create_task(answers(services, prompt_bodies(services.model, 16, 100, 300)))
     await asyncio.sleep(0.8)
     services.processes["nats"].kill()
     waiting = asyncio.create_task(gateway.ask(prompt(500), 20))
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(away_s)
     services.start("nats")
     assert not [s.error for s in await running if s.error]
     require_exact([*await asking, await waiting])

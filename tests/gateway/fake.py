@@ -89,7 +89,8 @@ class FakeBus(Bus):
     async def leader(self) -> tuple[str, int]:
         return "", 0
 
-    def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None: ...
+    def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+        return lambda: None
 
     async def round_trip_s(self) -> float:
         return 0.0
