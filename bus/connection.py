@@ -204,7 +204,7 @@ class Connection:
     def _went_down(self, client: DirectClient) -> None:
         if client is not self._client:
             return
-        if self._up.is_set():
+        if self.connected:
             logger.warning("disconnected from the bus")
         self._up.clear()
         self._last_sign_s = time.monotonic()
