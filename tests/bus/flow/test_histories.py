@@ -36,7 +36,9 @@ TENANTS = ("a", "b", "c", "d")
 CLASSES = ("interactive", "interactive", "batch")
 
 
-def live_through(seed: int, roles: tuple[Role, ...], loss: float, steps: int, restarts: bool = False) -> World:
+def live_through(
+    seed: int, roles: tuple[Role, ...], loss: float, steps: int, restarts: bool = False, warm: bool = False
+) -> World:
     rng = random.Random(seed)
     world = World(BOUNDED, rng, loss)
     for role in roles:
@@ -68,7 +70,7 @@ def live_through(seed: int, roles: tuple[Role, ...], loss: float, steps: int, re
         elif dice < 0.98:
             world.elapse(4.0)
         elif dice < 0.99 and restarts:
-            world.restart_router()
+            world.restart_router(warm=warm)
     return world
 
 
@@ -126,4 +128,14 @@ def test_new_leaders_in_between_lose_nothing_and_grant_nothing_that_still_runs(
 ) -> None:
     roles = (Role.BOTH, Role.BOTH) if both else (Role.PREFILL, Role.PREFILL, Role.DECODE, Role.DECODE)
     world = live_through(seed, roles, loss, 250, restarts=True)
+    assert_all_ended(world)
+
+
+@settings(max_examples=HISTORIES, deadline=None)
+@given(st.integers(0, 1 << 30), st.sampled_from((0.0, 0.1)), st.booleans())
+def test_standbys_that_take_over_lose_nothing_and_grant_nothing_that_still_runs(
+    seed: int, loss: float, both: bool
+) -> None:
+    roles = (Role.BOTH, Role.BOTH) if both else (Role.PREFILL, Role.PREFILL, Role.DECODE, Role.DECODE)
+    world = live_through(seed, roles, loss, 250, restarts=True, warm=True)
     assert_all_ended(world)

@@ -10,7 +10,7 @@ from llmserve.bus.base import StoredRequest
 from llmserve.bus.flow.actions import Action, Broadcast, CheckStored, Discard, NotifyGateway, SendGrant
 from llmserve.bus.flow.core import RouterCore
 from llmserve.bus.flow.entry import Place
-from llmserve.bus.flow.events import Checked, Event, NoResponders, Tick
+from llmserve.bus.flow.events import Checked, Event, NoResponders, StreamRead, Tick
 from llmserve.bus.flow.settings import RouterSettings
 from llmserve.bus.messages import (
     Accepted,
@@ -141,6 +141,11 @@ class World:
         self.settings, self.rng, self.loss = settings, rng, loss
         self.core = RouterCore(settings, random.Random(1))
         self.core.begin("r0", 1)
+        self.chance = random.Random(2)
+        """Of the standby, which does not change what happens to the leader."""
+        self.standby = RouterCore(settings, random.Random(1))
+        self.overheard: dict[str, set[int]] = {}
+        """As ``told``, of the standby."""
         self.now_s = 0.0
         self.seq = 0
         self.made = 0
@@ -195,20 +200,26 @@ class World:
     def lost(self) -> bool:
         return self.rng.random() < self.loss
 
-    def restart_router(self) -> None:
-        """Another leader: it knows nothing but the stream and what the workers answer to its Sync."""
+    def restart_router(self, *, warm: bool = False) -> None:
+        """Another leader: it knows nothing but the stream and what the workers answer to its Sync; or ``warm``, also
+        what it heard as a standby."""
         loss, self.loss = self.loss, 0.0
         epoch, self.given_up = self.core.epoch + 1, self.upset
-        self.core = RouterCore(self.settings, random.Random(epoch))
+        self.core = self.standby if warm else RouterCore(self.settings, random.Random(epoch))
+        self.told = self.overheard if warm else {}
+        self.standby, self.overheard = RouterCore(self.settings, random.Random(epoch)), {}
+        for item in self.stream.values():
+            self.standby.handle(item, self.now_s)
         self.core.begin("r0", epoch)
-        self.told.clear()
         self.broadcast(Sync(epoch=epoch, router="r0"))
         alive = [worker for worker in self.workers.values() if worker.alive]
         early = alive[: self.rng.randrange(len(alive) + 1)]
         for worker in early:
             self.deliver(worker)
+        self.tell(StreamRead(self.seq, frozenset(self.stream)))
         for item in list(self.stream.values()):
-            self.tell(item)
+            if not self.core.knows(item.seq):
+                self.tell(item)
         for worker in alive:
             self.deliver(worker)
         self.dispatch()
@@ -221,8 +232,23 @@ class World:
             self.told[event.member] = {line.seq for line in event.running if not line.held}
         actions = self.core.handle(event, self.now_s)
         self.told = {name: seqs for name, seqs in self.told.items() if name in self.core.ledger.workers}
+        self.overhear(event)
         self.carry_out(actions)
         self.check()
+
+    def overhear(self, event: Event) -> None:
+        """The standby hears what the leader hears, and other messages are lost on the way to it."""
+        of_the_leader_alone = isinstance(event, NoResponders | Checked | StreamRead)
+        never_lost = isinstance(event, StoredRequest | Tick)
+        if of_the_leader_alone or (not never_lost and self.chance.random() < self.loss):
+            return
+        if isinstance(event, Heartbeat):
+            self.overheard[event.member] = {line.seq for line in event.running if not line.held}
+        for action in self.standby.handle(event, self.now_s):
+            if isinstance(action, CheckStored):
+                self.standby.handle(Checked(action.seq, action.seq in self.stream), self.now_s)
+        self.overheard = {name: seqs for name, seqs in self.overheard.items() if name in self.standby.ledger.workers}
+        self.standby.check()
 
     def dispatch(self) -> None:
         found = self.load()
