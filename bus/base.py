@@ -98,8 +98,9 @@ class Bus(ABC):
     async def accept(self, request: Request, tenant: str, klass: str) -> int:
         """Store the request durably and return its sequence: from here on it cannot be lost.
 
-        Waits for the server through a restart of at most ``publish_patience_s`` (a setting of the connection).
-        Raises ``QueueFull`` or ``BusUnavailable``.
+        ``klass``: for a later attempt ``subjects.again`` of its class, whose queue first attempts cannot fill. Waits
+        for the server through a restart of at most ``publish_patience_s`` (a setting of the connection). Raises
+        ``QueueFull`` or ``BusUnavailable``.
         """
 
     @abstractmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Iterable
 from typing import TypeAlias
 
 import msgspec
@@ -24,6 +25,8 @@ _DELETE_FAILED = 10057
 _GONE = frozenset({10037, 10043})
 """No message found; sequence not found."""
 _PAUSE_MAX_S = 1.0
+GAPS_PER_READ = 5000
+"""Deleted sequences whose list costs as much as one message that is read."""
 
 
 class ApiFailure(msgspec.Struct, frozen=True):
@@ -120,12 +123,34 @@ class JetStream:
         return await self._direct_get(stream, body)
 
     async def contents(self, stream: str) -> tuple[int, frozenset[int]]:
-        """(last sequence ever given, sequences of all messages that are there)."""
-        info = await self.call(f"STREAM.INFO.{stream}", {"deleted_details": True})
-        state = info.state
+        """(last sequence ever given, sequences of all messages that are there).
+
+        The server lists what is deleted, not what is there: behind one old message that is everything that was
+        stored since, so where few messages are there they are read instead.
+        """
+        state = (await self.call(f"STREAM.INFO.{stream}")).state
         if state is None or not state.messages:
             return (0 if state is None else state.last_seq), frozenset()
-        return state.last_seq, frozenset(range(state.first_seq, state.last_seq + 1)).difference(state.deleted)
+        gaps = state.last_seq + 1 - state.first_seq - state.messages
+        if gaps > GAPS_PER_READ * state.messages:
+            return state.last_seq, await self._walk(stream, state.first_seq, state.last_seq)
+        if gaps:
+            state = (await self.call(f"STREAM.INFO.{stream}", {"deleted_details": True})).state or state
+        return state.last_seq, frozenset(between(state.first_seq, state.last_seq, state.deleted))
+
+    async def _walk(self, stream: str, first_seq: int, last_seq: int) -> frozenset[int]:
+        """Sequences of all messages up to ``last_seq``, from one to the next."""
+        # On a cluster the leader alone is certain to have all of them.
+        read = self._leader_get if self._connection.settings.replicas > 1 else self._direct_get
+        seqs: set[int] = set()
+        seq = first_seq
+        while seq <= last_seq:
+            message = await read(stream, msgspec.json.encode({"seq": seq, "next_by_subj": ">"}))
+            if message is None or message.seq > last_seq:
+                break
+            seqs.add(message.seq)
+            seq = message.seq + 1
+        return frozenset(seqs)
 
     async def next_of(self, stream: str, subject: str, seq: int) -> StoredMessage | None:
         """The first message of a subject with at least that sequence, None if there is none."""
@@ -210,6 +235,18 @@ class JetStream:
                 raise BusUnavailable(f"{what}: {problem} for {math.ceil(settings.publish_patience_s)} s")
             await asyncio.sleep(pause_s)
             pause_s = min(_PAUSE_MAX_S, pause_s * 1.5)
+
+
+def between(first_seq: int, last_seq: int, deleted: Iterable[int]) -> set[int]:
+    """The sequences from the first to the last that are not deleted."""
+    seqs: set[int] = set()
+    seq = first_seq
+    for gone in sorted(deleted):
+        if gone != seq:
+            seqs.update(range(seq, gone))
+        seq = gone + 1
+    seqs.update(range(seq, last_seq + 1))
+    return seqs
 
 
 def _passing_problem(reply: Reply) -> str | None:

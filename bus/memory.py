@@ -42,6 +42,8 @@ class MemoryBroker:
         """What is on the request stream, by sequence."""
         self.results: dict[str, Result] = {}
         """By subject."""
+        self._queues: dict[int, str] = {}
+        """The subject of each request, by sequence."""
         self._last_seq = 0
         self._accepted: dict[str, tuple[int, float]] = {}
         self._leader = ("", 0)
@@ -65,11 +67,14 @@ class MemoryBroker:
         now = time.monotonic()
         if seq and now - since_s < self.settings.duplicate_window_s:
             return seq
-        queued = sum(1 for stored in self.requests.values() if (stored.tenant, stored.klass) == (tenant, klass))
+        subject = self.subjects.request(klass, tenant)
+        queued = sum(1 for seq in self.requests if self._queues.get(seq) == subject)
         if queued >= self.settings.queue_max_len:
             raise QueueFull(f"the queue of tenant {tenant} is full")
         self._last_seq += 1
+        klass, tenant = self.subjects.parse_request(subject)
         stored = StoredRequest(self._last_seq, tenant, klass, request, encode(request))
+        self._queues[stored.seq] = subject
         self.requests[stored.seq] = stored
         self._accepted[key] = (stored.seq, now)
         for follower in self._followers:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import re
 
+_AGAIN = "-again"
+
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 
 
 def is_token(name: str) -> bool:
     """Whether ``name`` can stand as one token of a subject: a deployment, tenant or member name."""
     return _TOKEN.match(name) is not None
+
+
+def again(klass: str) -> str:
+    """Where later attempts of a class stand, so that a queue that others keep full does not stop a request that was
+    accepted."""
+    return klass if klass.endswith(_AGAIN) else klass + _AGAIN
 
 
 class Subjects:
@@ -47,12 +55,13 @@ class Subjects:
         """The operator to all: Reload."""
 
     def request(self, klass: str, tenant: str) -> str:
+        """A queue of the request stream, with its own limit; ``klass`` may be ``again`` of a class."""
         return f"{self.root}.req.{klass}.{tenant}"
 
     def parse_request(self, subject: str) -> tuple[str, str]:
-        """(class, tenant) of a request's subject."""
+        """(class, tenant) of a request's subject, of whichever attempt."""
         _, _, _, klass, tenant = subject.split(".")
-        return klass, tenant
+        return klass.removesuffix(_AGAIN), tenant
 
     def result(self, tenant: str, request_id: str) -> str:
         """Record of a completion."""

@@ -11,16 +11,8 @@ import time
 from collections.abc import Callable, Coroutine
 
 from llmserve.bus.base import Bus, BusError, BusUnavailable, QueueFull, Subscription
-from llmserve.bus.messages import (
-    AnyMessage,
-    AttemptLost,
-    Cancel,
-    Delta,
-    Deltas,
-    Ping,
-    Rejected,
-    Request,
-)
+from llmserve.bus.messages import AnyMessage, AttemptLost, Cancel, Delta, Deltas, Ping, Rejected, Request
+from llmserve.bus.subjects import again
 from llmserve.gateway.attempts import Action, Attempts, Deliver, Discard, Fail, Submit, Withdraw
 from llmserve.gateway.block_size import BlockSize
 from llmserve.gateway.call import Arrival, Call
@@ -64,7 +56,7 @@ class Channel:
         self._by_local_id: dict[str, Call] = {}
         self._endings = Endings(bus, member_id)
         self._watch = Watch(bus, self._calls, self._carry_out, deadline_s, probe_after_s)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
         self._subscription: Subscription | None = None
 
     async def start(self) -> None:
@@ -247,19 +239,19 @@ class Channel:
             block_hashes=call.codec.block_hashes(delivered, block_tokens) if block_tokens else b"",
             deaths=call.deaths,
         )
-        return await self._bus.accept(request, call.tenant, call.klass)
+        return await self._bus.accept(request, call.tenant, again(call.klass) if submit.attempt else call.klass)
 
     async def _resubmit(self, call: Call, submit: Submit) -> None:
-        """Store a further attempt, however long that takes within the deadline: it was accepted. The tenant's queue
-        may be full with this very request: then the lost attempt makes room for it."""
+        """Store a further attempt, however long that takes within the deadline: it was accepted. The queue of later
+        attempts may be full with this very request: then the lost attempt makes room for it."""
         while not call.attempts.ended and submit.attempt == call.attempts.attempt:
             try:
                 seq = await self._store(call, submit)
             except QueueFull as error:
                 log.info("the queue is full, trying again: %s", error, extra={"bus_id": call.request_id})
-                if call.attempts.seq is not None:
-                    await self._endings.discard(call.attempts.seq)
-                await asyncio.sleep(_RETRY_S)
+                # Others would take the room during a pause.
+                if call.attempts.seq is None or not await self._endings.discard(call.attempts.seq):
+                    await asyncio.sleep(_RETRY_S)
             except BusUnavailable as error:
                 log.warning("cannot resubmit yet: %s", error, extra={"bus_id": call.request_id})
                 if self._bus.closed:
@@ -289,12 +281,12 @@ class Channel:
                 call.on_end(len(call.attempts.tokens))
             call.metrics.ended(len(call.attempts.tokens), call.first_token_s, call.progress_s)
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, object]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
 
-    def _done(self, task: asyncio.Task[None]) -> None:
+    def _done(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("background task of the gateway failed", exc_info=error)

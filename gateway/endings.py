@@ -52,13 +52,14 @@ class Endings:
         while self._endings[oldest := next(iter(self._endings))].ended_s < now_s - KEEP_S:
             del self._endings[oldest]
 
-    async def discard(self, seq: int) -> None:
-        """Take an attempt off the stream that another one replaces or nobody waits for."""
+    async def discard(self, seq: int) -> bool:
+        """Take an attempt off the stream that another one replaces or nobody waits for; whether this took it off."""
         try:
-            await self._bus.discard(seq)
+            return await self._bus.discard(seq)
         except BusError as error:
             # The router drops it: a higher attempt supersedes it, or its gateway has cancelled it.
             log.warning("request %d stays on the stream: %s", seq, error)
+            return False
 
     async def settle(self, request_id: str, seq: int) -> None:
         """Take an attempt off the stream that is over or superseded, with a record if its request has all its output:

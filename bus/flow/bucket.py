@@ -35,6 +35,25 @@ class Bucket:
             self._refill(now_s)
             self._level -= amount
 
+    def take_at_most(self, amount: float, now_s: float) -> float:
+        """Of ``amount`` what is there passes; returns how much that is."""
+        if self._rate is None:
+            return amount
+        self._refill(now_s)
+        passed = min(amount, max(0.0, self._level))
+        self._level -= passed
+        return passed
+
+    @property
+    def debt(self) -> float:
+        """What passed before it was there, by the last time that was told."""
+        return max(0.0, -self._level)
+
+    def elapse(self, now_s: float) -> None:
+        """Time went on."""
+        if self._rate is not None:
+            self._refill(now_s)
+
     def wait_s(self, amount: float, now_s: float) -> float:
         """Seconds until ``amount`` may pass, if nothing else does."""
         if self._rate is None or self.has(amount, now_s):

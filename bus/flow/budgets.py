@@ -6,10 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 
-from llmserve.bus.flow.bucket import Bucket
 from llmserve.bus.flow.credits import Stray, WorkerState
 from llmserve.bus.flow.entry import ON_WORKER, Entry
 from llmserve.bus.flow.settings import RouterSettings
+from llmserve.bus.flow.wire import Wire
 from llmserve.bus.messages import Stage
 
 
@@ -23,7 +23,9 @@ class Budgets:
         """Granted and running requests by stage."""
         self.in_progress: Counter[str] = Counter()
         """Requests in progress by tenant."""
-        self.kv_io = Bucket(settings.max_kv_io_bytes_per_s)
+        self.wire = Wire(settings)
+        self.decode_kv_bytes = 0
+        """Set aside for the decode of requests that are prefilled or wait for a decode worker."""
         self.stray_tokens = 0
         self.strays_on_workers: Counter[Stage] = Counter()
         self.strays_in_progress: Counter[str] = Counter()
@@ -71,7 +73,7 @@ class Budgets:
         """Whether no further request may be granted in ``stage``."""
         if stage is Stage.PREFILL:
             bound = self._settings.max_prefill_concurrency
-            return bound is not None and self.running(stage) >= bound
+            return self.wire.full or (bound is not None and self.running(stage) >= bound)
         bound = self._settings.max_decode_concurrency
         return bound is not None and self.running(Stage.DECODE) + self.running(Stage.WHOLE) >= bound
 
@@ -94,16 +96,41 @@ class Budgets:
         bound = self._settings.max_kv_hbm_bytes
         if bound is None:
             return math.inf
-        return bound - sum(worker.pages_in_use * worker.beat.page_bytes for worker in workers)
+        used = sum(worker.pages_in_use * worker.beat.page_bytes for worker in workers)
+        return bound - used - self.decode_kv_bytes
 
-    def has_kv_io_for(self, entry: Entry, now_s: float) -> bool:
-        """Whether the pages of its handoff, if it has one, may move now."""
-        return self.kv_io.has(moved_bytes(entry), now_s)
+    def kv_bytes_for(self, entry: Entry, worker: WorkerState) -> int:
+        """What a grant of the request to the worker takes of ``max_kv_hbm_bytes`` besides what is set aside for it.
+
+        A prefill takes what its decode needs too: pages that are held would otherwise leave no room for the decode
+        that frees them.
+        """
+        size = entry.prompt_tokens, entry.max_tokens, self._settings.reserved_output_tokens
+        pages = worker.pages_for(*size)
+        if worker.stage is Stage.PREFILL:
+            pages += worker.pages_to_decode(*size)
+        return pages * worker.beat.page_bytes - entry.decode_kv_bytes
+
+    def set_aside_kv(self, entry: Entry, worker: WorkerState) -> None:
+        """For the decode of what ``worker`` prefills or holds."""
+        if self._settings.max_kv_hbm_bytes is not None:
+            reserved = self._settings.reserved_output_tokens
+            pages = worker.pages_to_decode(entry.prompt_tokens, entry.max_tokens, reserved)
+            self._set_kv(entry, pages * worker.beat.page_bytes)
+
+    def give_back_kv(self, entry: Entry) -> None:
+        """A decode worker has room for it, or it will not be decoded."""
+        self._set_kv(entry, 0)
+
+    def _set_kv(self, entry: Entry, amount: int) -> None:
+        self.decode_kv_bytes += amount - entry.decode_kv_bytes
+        entry.decode_kv_bytes = amount
 
     def check(self, entries: Iterable[Entry], strays: Iterable[Stray]) -> None:
         """Assert the invariants against all known requests and all strays of known workers."""
         entries, strays = list(entries), list(strays)
-        self.kv_io.check()
+        self.wire.check(entries)
+        assert self.decode_kv_bytes == sum(entry.decode_kv_bytes for entry in entries), "set aside for decode"
         counted = [entry for entry in entries if entry.counted]
         assert self.tokens_in_flight == sum(entry.bound_tokens for entry in counted), "tokens in flight"
         tenants = Counter(entry.tenant for entry in counted)
@@ -114,9 +141,3 @@ class Budgets:
         assert self.stray_tokens == sum(stray.bound_tokens for stray in strays), "strays' tokens in flight"
         assert +self.strays_in_progress == Counter(stray.tenant for stray in strays), "strays in progress"
         assert +self.strays_on_workers == Counter(stray.stage for stray in strays), "strays on workers"
-
-
-def moved_bytes(entry: Entry) -> int:
-    """Page bytes that a grant of the entry lets move: its handoff's, or what its worker loads of its prefix."""
-    handoff = entry.handoff
-    return entry.loaded_bytes if handoff is None else handoff.pages * handoff.page_bytes

@@ -101,10 +101,17 @@ class WorkerState:
 
     def pages_for(self, prompt_tokens: int, max_tokens: int, reserved_output_tokens: int) -> int:
         """Pages that a request of that size is going to need here."""
+        output = 1 if self.stage is Stage.PREFILL else min(max_tokens, reserved_output_tokens)
+        return self._pages_of(prompt_tokens + output)
+
+    def pages_to_decode(self, prompt_tokens: int, max_tokens: int, reserved_output_tokens: int) -> int:
+        """Pages that a request of that size is going to need at a decode worker, whose pages are like those here."""
+        return self._pages_of(prompt_tokens + min(max_tokens, reserved_output_tokens))
+
+    def _pages_of(self, tokens: int) -> int:
         if not self.beat.pages_total or not self.beat.page_tokens:
             return 0
-        output = 1 if self.stage is Stage.PREFILL else min(max_tokens, reserved_output_tokens)
-        return min(-(-(prompt_tokens + output) // self.beat.page_tokens), self.beat.pages_total)
+        return min(-(-tokens // self.beat.page_tokens), self.beat.pages_total)
 
     def has_room(self) -> bool:
         """Whether some request, however small, fits now."""

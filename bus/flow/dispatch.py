@@ -7,7 +7,6 @@ import random
 
 import msgspec
 
-from llmserve.bus.flow.budgets import moved_bytes
 from llmserve.bus.flow.credits import WorkerState
 from llmserve.bus.flow.entry import Charge, Entry
 from llmserve.bus.flow.flows import Flow
@@ -53,7 +52,7 @@ class Dispatcher:
         self._starved: Lanes | None = None
         """The lanes whose oldest head waits for a cluster-wide budget: they go first."""
         self._kv_left = math.inf
-        """Bytes of ``max_kv_hbm_bytes`` that nothing takes, in this dispatch."""
+        """Bytes of ``max_kv_hbm_bytes`` that are neither used nor set aside, in this dispatch."""
         self.wake_s: float | None = None
         """When the bucket of KV transfers lets the next handoff through, if one waits for it."""
 
@@ -61,8 +60,7 @@ class Dispatcher:
         """Move all that can go to workers; takes O(workers + log requests) per decision."""
         ledger, decisions = self._ledger, list[Decision]()
         self.wake_s = None
-        self._placement.begin(now_s)
-        self._kv_left = ledger.budgets.kv_hbm_left(ledger.workers.values())
+        self._begin(now_s)
         for fingerprint, lanes in ledger.decode_queues.items():
             if lanes.size:
                 workers = self._pools.decode_workers(fingerprint)
@@ -79,6 +77,11 @@ class Dispatcher:
                 self._starved = lanes
                 break
         return decisions
+
+    def _begin(self, now_s: float) -> None:
+        self._placement.begin(now_s)
+        self._ledger.budgets.wire.elapse(now_s)
+        self._kv_left = self._ledger.budgets.kv_hbm_left(self._ledger.workers.values())
 
     def _serve(
         self,
@@ -186,12 +189,11 @@ class Dispatcher:
         if cost:
             entry.charges.append(Charge(queue, cost))
         waited_s = now_s - entry.since_s
-        bound = self._settings.max_kv_hbm_bytes is not None
-        used = worker.pages_in_use if bound else 0
-        self._ledger.budgets.kv_io.take(moved_bytes(entry), now_s)
+        budgets = self._ledger.budgets
+        if self._settings.max_kv_hbm_bytes is not None:
+            self._kv_left -= budgets.kv_bytes_for(entry, worker)
+        budgets.wire.passes(entry, now_s)
         self._ledger.grant(entry, worker, now_s)
-        if bound:
-            self._kv_left -= (worker.pages_in_use - used) * worker.beat.page_bytes
         return Granted(entry, worker, waited_s)
 
     def _choose(self, entry: Entry, room: list[WorkerState], now_s: float) -> WorkerState | None:
@@ -199,13 +201,13 @@ class Dispatcher:
         budgets, reserved = self._ledger.budgets, self._settings.reserved_output_tokens
         if not budgets.has_tokens_for(entry):
             return None
-        if entry.handoff is not None and not budgets.has_kv_io_for(entry, now_s):
-            self.wake_s = now_s + budgets.kv_io.wait_s(moved_bytes(entry), now_s)
+        if not budgets.wire.may_pass(entry, now_s):
+            self.wake_s = now_s + budgets.wire.wait_s(entry, now_s)
             return None
         work_tokens = self._placement.work_tokens
         able = [worker for worker in room if worker.fits(entry, reserved, work_tokens) and worker.serves(entry)]
         if self._settings.max_kv_hbm_bytes is not None:
-            able = [worker for worker in able if self._kv_bytes(entry, worker) <= self._kv_left]
+            able = [worker for worker in able if self._has_kv_for(entry, worker)]
         if entry.ahead in able:
             return entry.ahead
         return cheapest(entry, able, self._placement, self._rng)
@@ -215,8 +217,7 @@ class Dispatcher:
         lanes = self._ledger.decode_queues.get(fingerprint)
         if lanes is not None and lanes.size:
             return None
-        self._placement.begin(now_s)
-        self._kv_left = self._ledger.budgets.kv_hbm_left(self._ledger.workers.values())
+        self._begin(now_s)
         workers = self._pools.decode_workers(fingerprint)
         room = [worker for worker in workers if self._has_room(worker, batch=entry.is_batch)]
         return self._choose(entry, room, now_s)
@@ -238,12 +239,13 @@ class Dispatcher:
         """Whether a cluster-wide budget is what the request lacks, so that other engines' requests must wait too."""
         if not self._ledger.budgets.has_tokens_for(entry):
             return True
-        return all(self._kv_bytes(entry, worker) > self._kv_left for worker in room)
+        return not any(self._has_kv_for(entry, worker) for worker in room)
 
-    def _kv_bytes(self, entry: Entry, worker: WorkerState) -> int:
-        """What the request takes of ``max_kv_hbm_bytes`` on the worker."""
-        reserved = self._settings.reserved_output_tokens
-        return worker.pages_for(entry.prompt_tokens, entry.max_tokens, reserved) * worker.beat.page_bytes
+    def _has_kv_for(self, entry: Entry, worker: WorkerState) -> bool:
+        """Whether ``max_kv_hbm_bytes`` has room for it there. What needs no more than was set aside for it always
+        has: outputs that grew beyond what was reserved for them must not keep pages that are held from moving on."""
+        taken = self._ledger.budgets.kv_bytes_for(entry, worker)
+        return taken <= max(0.0, self._kv_left)
 
     def _never(self, entry: Entry, workers: list[WorkerState]) -> str:
         """Why no live worker could ever serve the request; empty if one could."""
@@ -254,7 +256,7 @@ class Dispatcher:
             return f"prompt and max_tokens are {entry.bound_tokens} tokens, max_tokens_in_flight allows {bound}"
         hbm = self._settings.max_kv_hbm_bytes
         if hbm is not None and workers:
-            least = min(self._kv_bytes(entry, worker) for worker in workers)
+            least = min(self._ledger.budgets.kv_bytes_for(entry, worker) for worker in workers)
             if least > hbm:
                 return f"its KV pages take {least} bytes, max_kv_hbm_gb allows {hbm}"
         if any(worker.serves(entry) for worker in workers):

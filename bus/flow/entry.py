@@ -95,6 +95,10 @@ class Entry:
     """The decode worker that fetches its pages while they are computed."""
     counted: bool = False
     """Part of the budgets' sums."""
+    decode_kv_bytes: int = 0
+    """Of ``max_kv_hbm_bytes``, set aside from its prefill on until a decode worker has its pages."""
+    ahead_bytes: int = 0
+    """What its handoff moves, or is expected to, from its prefill on until a decode worker has it."""
     cancelled: bool = False
     checking: bool = False
     """``CheckStored`` is on its way."""
@@ -133,6 +137,11 @@ class Entry:
     def bound_tokens(self) -> int:
         """The most tokens that it can come to hold."""
         return self.prompt_tokens + self.max_tokens
+
+    @property
+    def before_decode(self) -> bool:
+        """Whether it is prefilled for another worker, or waits for that one."""
+        return self.place is Place.WAITING or (self.place in ON_WORKER and self.stage is Stage.PREFILL)
 
     @property
     def is_suspect(self) -> bool:

@@ -59,5 +59,4 @@ class Handoffs:
         again = entry.place is Place.WAITING and entry.holder is holder
         if not (prefilling or again or entry.place is Place.QUEUED):
             return
-        margin_s = min(self._ledger.settings.lease_margin_s, event.lease_s / 2)
-        self._ledger.wait(entry, event, holder, sent_s + event.lease_s - margin_s, now_s)
+        self._ledger.wait(entry, event, holder, sent_s + self._ledger.settings.usable_s(event.lease_s), now_s)

@@ -20,6 +20,8 @@ from llmserve.bus.messages import HandedOff, Stage
 
 PROMOTE = 0.8
 """Part of ``max_wait_s`` after which a request goes first in its tenant; the rest is for those before it."""
+PROMOTE_HANDOFF_S = 5.0
+"""The same for handoffs: one that shorter ones overtake until its lease ends is computed again."""
 
 
 @dataclass(slots=True)
@@ -52,14 +54,14 @@ class Ledger:
         """Where the request waits for its first worker."""
         lanes = self.first_queues.get(entry.api)
         if lanes is None:
-            lanes = self.first_queues[entry.api] = self._lanes(self._share)
+            lanes = self.first_queues[entry.api] = self._lanes(self._share, math.inf)
         return lanes.lane(entry.klass)
 
     def decode_queue(self, entry: Entry, fingerprint: str) -> FairQueue[Entry]:
         """Where its handoff waits for a decode worker; its first token is there, so no SLO has a say any more."""
         lanes = self.decode_queues.get(fingerprint)
         if lanes is None:
-            lanes = self.decode_queues[fingerprint] = self._lanes(self._share_by_weight)
+            lanes = self.decode_queues[fingerprint] = self._lanes(self._share_by_weight, PROMOTE_HANDOFF_S)
         return lanes.lane(entry.klass)
 
     def add(self, entry: Entry) -> None:
@@ -91,6 +93,8 @@ class Ledger:
         entry.move(Place.WAITING, now_s)
         entry.handoff, entry.holder, entry.lease_until_s = handoff, holder, lease_until_s
         holder.hold(entry, self._pages(entry, holder))
+        self.budgets.wire.learn(entry)
+        self._set_aside(entry, holder)
         entry.queue = self.decode_queue(entry, holder.beat.fingerprint)
         entry.paid = entry.attempt > 0 or any(charge.queue is entry.queue for charge in entry.charges)
         entry.queue.push(entry, self.costs.estimate(entry))
@@ -104,6 +108,7 @@ class Ledger:
     def reserve(self, entry: Entry, worker: WorkerState) -> None:
         """Set room aside at a decode worker, as long as its prefill worker has it."""
         worker.reserve(entry, self._pages(entry, worker))
+        self.budgets.give_back_kv(entry)
 
     def confirm(self, entry: Entry, now_s: float) -> None:
         entry.move(Place.RUNNING, now_s)
@@ -165,6 +170,10 @@ class Ledger:
         """It is gone; its book and what it holds are the caller's to move."""
         for seq in list(worker.strays):
             self.stray_ended(worker.member, seq)
+        for seq in worker.reserved:
+            entry = self.entries[seq]
+            assert entry.worker is not None
+            self.budgets.set_aside_kv(entry, entry.worker)
         worker.gone = True
         del self.workers[worker.member]
 
@@ -186,6 +195,19 @@ class Ledger:
         entry.stage = stage
         worker.take(entry, self._pages(entry, worker))
         self.budgets.on_workers[stage] += 1
+        if stage is Stage.PREFILL:
+            self._set_aside(entry, worker)
+        else:
+            self._give_back(entry)
+
+    def _set_aside(self, entry: Entry, worker: WorkerState) -> None:
+        """For its decode elsewhere: room for its pages, and time on the wire."""
+        self.budgets.set_aside_kv(entry, worker)
+        self.budgets.wire.put_ahead(entry, worker)
+
+    def _give_back(self, entry: Entry) -> None:
+        self.budgets.give_back_kv(entry)
+        self.budgets.wire.take_away(entry)
 
     def _pages(self, entry: Entry, worker: WorkerState) -> int:
         return worker.pages_for(entry.prompt_tokens, entry.max_tokens, self.settings.reserved_output_tokens)
@@ -200,6 +222,7 @@ class Ledger:
             self.budgets.on_workers[entry.stage] -= 1
 
     def _uncount(self, entry: Entry) -> None:
+        self._give_back(entry)
         if self.budgets.uncount(entry):
             self._unpark(entry.tenant)
 
@@ -207,9 +230,10 @@ class Ledger:
         for queue in self.first_queues.values():
             queue.unpark(tenant)
 
-    def _lanes(self, share_of: Callable[[str], Share]) -> Lanes:
+    def _lanes(self, share_of: Callable[[str], Share], promote_s: float) -> Lanes:
         settings = self.settings
-        order = Order(settings.aging_tokens_per_s, PROMOTE * settings.max_wait_s, settings.slo_lead_tokens)
+        promote_s = min(promote_s, PROMOTE * settings.max_wait_s)
+        order = Order(settings.aging_tokens_per_s, promote_s, settings.slo_lead_tokens)
         return Lanes(lambda: FairQueue(share_of, self._tickets, order), settings.batch_share)
 
     def _share(self, tenant: str) -> Share:
@@ -254,7 +278,18 @@ class Ledger:
         if entry.worker is not None:
             assert entry.worker.book[seq] is entry, f"{seq}: not in its worker's book"
             assert not (entry.worker.gone and place is Place.RUNNING), f"{seq}: runs on a worker that is gone"
+        self._check_set_aside(entry)
         if place is Place.WAITING:
             assert entry.holder is not None, f"{seq}: waits without pages"
             assert entry.holder.holding[seq] is entry, f"{seq}: its holder does not know"
             assert not entry.holder.gone, f"{seq}: its holder is gone"
+
+    def _check_set_aside(self, entry: Entry) -> None:
+        """Once for each decode that is to come: with the budget, or by the worker that fetches its pages already."""
+        fetching = entry.ahead is not None and not entry.ahead.gone and entry.seq in entry.ahead.reserved
+        kept = entry.worker or entry.holder
+        pages = 0
+        if entry.before_decode and not fetching and kept is not None and self.settings.max_kv_hbm_bytes is not None:
+            reserved = self.settings.reserved_output_tokens
+            pages = kept.pages_to_decode(entry.prompt_tokens, entry.max_tokens, reserved)
+        assert bool(entry.decode_kv_bytes) == bool(pages), f"{entry.seq}: {entry.decode_kv_bytes} set aside"

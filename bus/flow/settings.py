@@ -88,6 +88,10 @@ class RouterSettings:
     inline_bytes: int = 256 * 1024
     """A larger encoded request is granted by its sequence alone."""
 
+    def usable_s(self, lease_s: float) -> float:
+        """Of a handoff's lease, the time in which it may be granted."""
+        return lease_s - min(self.lease_margin_s, lease_s / 2)
+
     def tenant(self, name: str) -> TenantSettings:
         return self.tenants.get(name, _UNNAMED)
 

@@ -8,6 +8,7 @@ import pytest
 
 from llmserve.bus.base import BusUnavailable, Overtaken, QueueFull, StoredRequest
 from llmserve.bus.messages import AnyMessage
+from llmserve.bus.subjects import again
 from tests.bus.conftest import AnyBus, Join
 from tests.bus.samples import a_cancel, a_request, a_result, until
 
@@ -138,6 +139,28 @@ async def test_a_discarded_request_makes_room_in_the_queue(bus: AnyBus) -> None:
     seqs = [await bus.accept(a_request(f"a{i}"), "acme", "interactive") for i in range(3)]
     await bus.discard(seqs[0])
     assert await bus.accept(a_request("a3"), "acme", "interactive") > seqs[2]
+
+
+async def test_a_later_attempt_is_stored_though_its_tenants_queue_is_full(bus: AnyBus) -> None:
+    first = [await bus.accept(a_request(f"a{i}"), "acme", "interactive") for i in range(3)]
+    later = await bus.accept(a_request("a0", 1), "acme", again("interactive"))
+    assert later > first[2]
+    assert await bus.accept(a_request("a0", 1), "acme", again("interactive")) == later
+
+
+async def test_a_later_attempt_is_of_the_class_and_the_tenant_of_the_first(bus: AnyBus) -> None:
+    stored = await bus.fetch(await bus.accept(a_request("a", 1), "acme", again("batch")))
+    assert stored is not None
+    assert (stored.klass, stored.tenant) == ("batch", "acme")
+
+
+async def test_later_attempts_take_no_place_of_first_ones_and_have_a_limit_of_their_own(bus: AnyBus) -> None:
+    for i in range(3):
+        await bus.accept(a_request(f"a{i}", 1), "acme", again("interactive"))
+    with pytest.raises(QueueFull, match="acme"):
+        await bus.accept(a_request("a3", 1), "acme", again("interactive"))
+    for i in range(3):
+        await bus.accept(a_request(f"b{i}"), "acme", "interactive")
 
 
 async def test_only_the_first_discard_takes_a_request_off(bus: AnyBus) -> None:

@@ -57,6 +57,7 @@ class FakeBus(Bus):
         for seq, known in self.stored.items():
             if (known.request.request_id, known.request.attempt) == (request.request_id, request.attempt):
                 return seq
+        klass, tenant = self.subjects.parse_request(self.subjects.request(klass, tenant))
         seq = len(self.accepted) + 1
         stored = StoredRequest(seq, tenant, klass, request, encode(request))
         self.stored[seq] = stored

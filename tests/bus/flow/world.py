@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from llmserve.bus.base import StoredRequest
 from llmserve.bus.flow.actions import Action, Broadcast, CheckStored, Discard, NotifyGateway, SendGrant
 from llmserve.bus.flow.core import RouterCore
-from llmserve.bus.flow.entry import Place
+from llmserve.bus.flow.entry import Entry, Place
 from llmserve.bus.flow.events import Checked, Event, NoResponders, StreamRead, Tick
 from llmserve.bus.flow.settings import RouterSettings
 from llmserve.bus.messages import (
@@ -461,6 +461,7 @@ class World:
         load = Load()
         for state in self.core.ledger.workers.values():
             load.kv_bytes += state.pages_in_use * state.beat.page_bytes
+        load.kv_bytes += sum(self.kv_bytes_to_come(entry) for entry in self.core.ledger.entries.values())
         for name in self.core.ledger.workers:
             for tenant, stage, _, bound_tokens in self.running(name).values():
                 load.add(tenant, bound_tokens)
@@ -472,6 +473,15 @@ class World:
             if gone:
                 load.stages[entry.stage] += 1
         return load
+
+    def kv_bytes_to_come(self, entry: Entry) -> int:
+        """What its decode is going to take of a worker's memory, where nothing of it is taken yet."""
+        handed = entry.place is Place.WAITING
+        if not handed and (entry.worker is None or entry.stage is not Stage.PREFILL):
+            return 0
+        if entry.ahead is not None and not entry.ahead.gone and entry.seq in entry.ahead.reserved:
+            return 0
+        return -(-(entry.prompt_tokens + entry.max_tokens) // 16) * 1000
 
     def check_bounds(self, found: Load) -> None:
         """``found``: the load before the dispatch. A worker that falls silent and comes back may bring more than the
