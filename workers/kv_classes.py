@@ -41,11 +41,11 @@ class KeptClass:
         """Whether it may be used now; if it failed, to try it."""
         return self.breaker.allows(time.monotonic())
 
-    def count(self, what: str, error: Exception) -> None:
+    def count(self, what: str, error: Exception, level: int = logging.WARNING) -> None:
         """Count and log a failure; whatever is no ``StoreError`` is a defect, of ours or of a library."""
         self._metrics.failures.labels(self.name).inc()
         if isinstance(error, StoreError):
-            logger.warning("%s: %s failed: %s", self.name, what, error)
+            logger.log(level, "%s: %s failed: %s", self.name, what, error)
         else:
             logger.error("%s: %s failed", self.name, what, exc_info=error)
 

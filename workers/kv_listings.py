@@ -32,17 +32,19 @@ class Lister:
         self._news = news
         self._lineage = lineage
         self._metrics = metrics
+        self._one_at_a_time = asyncio.Lock()
         self.tried = asyncio.Event()
         """The class was listed once, or could not be."""
 
     async def list(self) -> float:
         """List the class; the seconds until it is to be listed again."""
-        listing = self._manager.listing(self._kept.number, time.time())
-        try:
-            return await self._list(listing)
-        finally:
-            self._manager.over(listing)
-            self.tried.set()
+        async with self._one_at_a_time:
+            listing = self._manager.listing(self._kept.number, time.time())
+            try:
+                return await self._list(listing)
+            finally:
+                self._manager.over(listing)
+                self.tried.set()
 
     async def _list(self, listing: Listing) -> float:
         begun_s = time.monotonic()
@@ -50,7 +52,7 @@ class Lister:
             async for batch in self._kept.store.listing(_ROOT):
                 listing.add(batch)
         except StoreError as error:
-            self._kept.count("listing", error)
+            self._kept.count("listing", error, logging.ERROR)
             return RETRY_LISTING_S
         await asyncio.to_thread(listing.sort)
         came, gone = await self._take_in(listing)

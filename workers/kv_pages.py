@@ -35,7 +35,7 @@ from llmserve.workers.offload.settings import make_stores, meeting_place
 logger = logging.getLogger(__name__)
 
 _ROUND_S = 0.2
-_NOTICES_AT_ONCE = 500
+_NOTICES_AT_ONCE = 100
 _TIERS = {"filesystem": Tier.NVME, "s3": Tier.S3}
 
 

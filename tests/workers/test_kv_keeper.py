@@ -14,7 +14,7 @@ from llmserve.bus.messages import KvResync, Tier
 from llmserve.kvstore import listings
 from llmserve.kvstore.codec import BadPage
 from llmserve.kvstore.notices import Notice, NoticeKind, Notifier, socket_path
-from llmserve.kvstore.stores.base import Stored
+from llmserve.kvstore.stores.base import Stored, StoreError
 from llmserve.kvstore.stores.filesystem import FilesystemStore
 from llmserve.workers import kv_lineage
 from llmserve.workers.kv_moves import PAGES_AT_ONCE
@@ -122,6 +122,25 @@ async def test_a_page_that_is_copied_and_told_of_by_a_worker_is_gone_when_it_goe
         await until(lambda: knows(bus, 1, 2))
         tell(upper, NoticeKind.REMOVED, 1, "lower")
         await until(lambda: knows(bus, 2))
+
+
+async def test_a_class_that_cannot_delete_keeps_no_other_from_evicting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_it_is = FilesystemStore.delete
+
+    async def delete(self: FilesystemStore, paths: Sequence[str]) -> None:
+        if self.name == "disk":
+            raise StoreError("disk: refused")
+        await as_it_is(self, paths)
+
+    monkeypatch.setattr(FilesystemStore, "delete", delete)
+    upper, lower = tmp_path / "upper", tmp_path / "lower"
+    plant(upper, [key(number) for number in range(300)], age_s=600)
+    plant(lower, [key(number) for number in range(1000, 1010)], age_s=600)
+    async with keeping(with_folder(upper, more=below(lower), eviction=IDLE)):
+        await until(lambda: not [number for number in range(1000, 1010) if (lower / key(number).path).exists()])
+        assert len(list(upper.rglob("*.kv"))) == 300
 
 
 async def test_a_defect_while_a_page_is_moved_costs_one_try_and_is_counted(
