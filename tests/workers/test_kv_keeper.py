@@ -111,19 +111,6 @@ async def test_others_have_their_turn_while_a_listing_is_taken_in(
         assert sizes == set(range(0, 201, 10))
 
 
-async def test_a_page_that_is_copied_and_told_of_by_a_worker_is_gone_when_it_goes(tmp_path: Path) -> None:
-    upper, lower = tmp_path / "upper", tmp_path / "lower"
-    plant(upper, [key(1)], age_s=600)
-    async with keeping(with_folder(upper, more=below(lower), eviction=IDLE)) as (keeper, bus):
-        bus.engine_joins()
-        await until(lambda: key(1).path in keeper.manager.pages(1) and key(1).path not in keeper.manager.pages(0))
-        tell(upper, NoticeKind.STORED, 1, "lower")
-        tell(upper, NoticeKind.STORED, 2, "lower")
-        await until(lambda: knows(bus, 1, 2))
-        tell(upper, NoticeKind.REMOVED, 1, "lower")
-        await until(lambda: knows(bus, 2))
-
-
 async def test_a_class_that_cannot_delete_keeps_no_other_from_evicting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

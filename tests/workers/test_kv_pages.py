@@ -110,6 +110,43 @@ async def test_idle_pages_go_to_s3_and_those_that_follow_a_read_one_come_back(
     await store.close()
 
 
+async def test_a_page_that_a_worker_stores_while_it_is_prefetched_is_gone_for_the_router_when_it_goes(
+    tmp_path: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moving, goes_on, as_it_is = asyncio.Event(), asyncio.Event(), FilesystemStore.write
+
+    async def write(self: FilesystemStore, path: str, data: bytes) -> None:
+        moving.set()
+        await goes_on.wait()
+        await as_it_is(self, path, data)
+
+    monkeypatch.setattr(FilesystemStore, "write", write)
+    store = S3Store("object", BUCKET, region="us-east-1", endpoint_url=server.url, prefix="twice")
+    await store.write(key(1).path, b"page")
+    async with keeping(with_folder(tmp_path, more=s3_class(server.url, "twice"))) as (keeper, bus):
+        bus.engine_joins()
+        notifier = Notifier(socket_path(str(tmp_path)))
+
+        def tell(kind: NoticeKind, tier: str, number: int, parent: bytes = b"") -> None:
+            notifier.add(Notice(kind, tier, key(number).path, 4, parent))
+            notifier.flush()
+
+        tell(NoticeKind.STORED, "object", 0)
+        tell(NoticeKind.STORED, "object", 1, key(0).block)
+        tell(NoticeKind.USED, "object", 0)
+        await until(moving.is_set)
+        tell(NoticeKind.STORED, "disk", 1)
+        await until(lambda: bus.held().get((Tier.NVME, "host")) == {key(1).block[-8:]})
+        goes_on.set()
+        await until((tmp_path / key(1).path).exists)
+        await until(lambda: keeper.manager.pages(0).get(key(1).path) is not None)
+        tell(NoticeKind.STORED, "disk", 2)
+        await until(lambda: len(bus.held()[Tier.NVME, "host"]) == 2)
+        tell(NoticeKind.REMOVED, "disk", 1)
+        await until(lambda: bus.held()[Tier.NVME, "host"] == {key(2).block[-8:]})
+    await store.close()
+
+
 async def test_prefixes_that_are_older_than_the_kv_role_are_prefetched_too(tmp_path: Path, server: S3Server) -> None:
     """What a page follows stands in its header: nobody tells it."""
     codec = Codec(PageKind("bf16", 256, None), "raw")
