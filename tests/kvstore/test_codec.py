@@ -235,7 +235,7 @@ def test_a_truncated_or_longer_page_is_noticed(disk: DiskType, cut: int) -> None
 def test_a_page_under_another_name_is_refused(key: bytes | None, other: dict[str, object]) -> None:
     made = codec(key=key)
     with pytest.raises(BadPage):
-        decoded(made, made.encode(KEY, a_page()), msgspec.structs.replace(KEY, **other))  # type: ignore[arg-type]
+        decoded(made, made.encode(KEY, a_page()), msgspec.structs.replace(KEY, **other))
 
 
 def test_who_forges_the_checksum_still_lacks_the_key() -> None:
