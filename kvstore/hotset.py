@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+import msgspec
 
 K = TypeVar("K", bound=Hashable)
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    """One page of a tier."""
+class Page(msgspec.Struct, frozen=True, gc=False):
+    """One page of a tier. Of these there are many: the garbage collector does not look at each."""
 
     space: str
     size_bytes: int
@@ -79,6 +79,12 @@ class HotSets(Generic[K]):
         page = self._pages.get(key)
         if page is not None:
             self._pages[key] = Page(page.space, page.size_bytes, now_s)
+            self._order[page.space].move_to_end(key)
+
+    def place_last(self, key: K) -> None:
+        """The page counts as the last used of its space; unknown ones are ignored. Its time of use stays."""
+        page = self._pages.get(key)
+        if page is not None:
             self._order[page.space].move_to_end(key)
 
     def remove(self, key: K) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from llmserve.manifests.schema import Manifest
 from llmserve.manifests.sizes import GB
@@ -23,8 +24,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,72}\Z")
 _FILE = re.compile(r"([0-9a-f]{8,128})\.([0-9]{1,5})\.kv\Z")
 
 
-@dataclass(frozen=True, slots=True)
-class PageKey:
+class PageKey(msgspec.Struct, frozen=True, gc=False):
     """One page. ``path`` is its place below a storage class's root, and the key of its object."""
 
     fingerprint: str

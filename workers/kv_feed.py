@@ -19,15 +19,19 @@ class KvFeed:
     Memory: about 100 bytes a page held. Changes between two ``flush`` that undo each other are never told.
     """
 
-    def __init__(self, member: str, fingerprint: str, block_tokens: int, host: str) -> None:
+    def __init__(self, member: str, fingerprint: str, block_tokens: int, host: str, *, once: bool = False) -> None:
+        """``once``: a block is held or not, however often that is said, as a file is there or not. Otherwise it is
+        gone when it went as often as it came: an engine may compute one twice at a time."""
         self.seq = 0
         """Of the last message."""
+        self.block_tokens = block_tokens
+        """To be right before the first message."""
         self._member = member
         self._fingerprint = fingerprint
-        self._block_tokens = block_tokens
         self._host = host
+        self._once = once
         self._held: dict[Tier, Counter[int]] = {}
-        """How often each block is held: an engine may compute one twice at a time."""
+        """How often each block is held."""
         self._before: dict[Tier, dict[int, bool]] = {}
         """Whether the router believes that a block is held, of those that changed since the last message."""
 
@@ -57,7 +61,7 @@ class KvFeed:
                         del held[number]
             for number in unpack_short(change.stored):
                 before.setdefault(number, number in held)
-                held[number] += 1
+                held[number] = 1 if self._once else held[number] + 1
 
     def flush(self) -> list[KvEvents]:
         """What to publish now; usually one message."""
@@ -87,7 +91,7 @@ class KvFeed:
             member=self._member,
             seq=self.seq,
             fingerprint=self._fingerprint,
-            block_tokens=self._block_tokens,
+            block_tokens=self.block_tokens,
             changes=list(changes),
             host=self._host,
             snapshot=snapshot,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -22,42 +22,53 @@ class Feeds:
         self._tokens: dict[str, int] = {}
         """Tokens of a page by fingerprint, from the heartbeats of the engines that have such pages."""
         self._feeds: dict[tuple[str, bool], KvFeed] = {}
-        self._untold: dict[str, list[tuple[Tier, PageKey, bool]]] = {}
-        """Of fingerprints that no engine here has had yet."""
+        """By fingerprint, and whether only this host can read the pages. Those of fingerprints that no engine here
+        has had yet are told when one comes."""
 
     def learn(self, fingerprint: str, page_tokens: int) -> None:
         """An engine with such pages is there."""
-        if fingerprint not in self._tokens:
-            self._tokens[fingerprint] = page_tokens
-            for tier, key, came in self._untold.pop(fingerprint, ()):
-                self.change(tier, key, came=came)
+        if fingerprint in self._tokens:
+            return
+        self._tokens[fingerprint] = page_tokens
+        for here in (True, False):
+            if (feed := self._feeds.get((fingerprint, here))) is not None:
+                feed.block_tokens = page_tokens
 
-    def change(self, tier: Tier, key: PageKey, *, came: bool) -> None:
-        """A page came or went. Of models with several groups of layers the first stands for all."""
-        if key.group:
-            return
-        tokens = self._tokens.get(key.fingerprint)
-        if tokens is None:
-            self._untold.setdefault(key.fingerprint, []).append((tier, key, came))
-            return
+    def change(self, tier: Tier, keys: Iterable[PageKey], *, came: bool) -> None:
+        """Pages came or went; those that were there, or were not, already do not count. Of models with several groups
+        of layers the first stands for all."""
+        shorts: dict[str, list[bytes]] = {}
+        for key in keys:
+            if not key.group:
+                shorts.setdefault(key.fingerprint, []).append(key.block[-SHORT_BYTES:])
+        for fingerprint, some in shorts.items():
+            packed = b"".join(some)
+            change = KvChange(tier, stored=packed) if came else KvChange(tier, removed=packed)
+            self._feed(fingerprint, tier).change([change])
+
+    def _feed(self, fingerprint: str, tier: Tier) -> KvFeed:
         here = tier is Tier.NVME
-        feed = self._feeds.get((key.fingerprint, here))
+        feed = self._feeds.get((fingerprint, here))
         if feed is None:
-            feed = KvFeed(self.member, key.fingerprint, tokens, self._host if here else "")
-            self._feeds[key.fingerprint, here] = feed
-        short = key.block[-SHORT_BYTES:]
-        feed.change([KvChange(tier, stored=short) if came else KvChange(tier, removed=short)])
+            tokens, host = self._tokens.get(fingerprint, 0), self._host if here else ""
+            # A page is in a tier or not: what a worker tells, a listing shows and a move brings is one page.
+            feed = KvFeed(self.member, fingerprint, tokens, host, once=True)
+            self._feeds[fingerprint, here] = feed
+        return feed
 
     def flush(self) -> list[KvEvents]:
         """What to publish now."""
-        return self._numbered(message for feed in self._feeds.values() for message in feed.flush())
+        return self._numbered(message for feed in self._told() for message in feed.flush())
 
     def snapshot(self) -> list[KvEvents]:
         """Everything; the first message makes the router forget what it knew."""
-        whole = [message for feed in self._feeds.values() for message in feed.snapshot()]
+        whole = [message for feed in self._told() for message in feed.snapshot()]
         return self._numbered(
             msgspec.structs.replace(message, snapshot=number == 0) for number, message in enumerate(whole)
         )
+
+    def _told(self) -> Iterator[KvFeed]:
+        return (feed for (fingerprint, _), feed in self._feeds.items() if fingerprint in self._tokens)
 
     def _numbered(self, messages: Iterable[KvEvents]) -> list[KvEvents]:
         numbered: list[KvEvents] = []

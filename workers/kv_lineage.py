@@ -31,14 +31,13 @@ class Lineage:
         """Read what these follow; of ``paths`` the last ones first."""
         self._unread.extend((store, path) for path in paths)
 
-    async def run(self) -> None:
-        """Read until cancelled."""
-        while True:
-            batch = [self._unread.pop() for _ in range(min(_AT_ONCE, len(self._unread)))]
-            await asyncio.gather(*(self._learn(store, path) for store, path in batch))
-            await asyncio.sleep(_ROUND_S)
+    async def learn(self) -> float:
+        """Read the next few; the seconds until the ones after them."""
+        batch = [self._unread.pop() for _ in range(min(_AT_ONCE, len(self._unread)))]
+        await asyncio.gather(*(self._read(store, path) for store, path in batch))
+        return _ROUND_S
 
-    async def _learn(self, store: PageStore, path: str) -> None:
+    async def _read(self, store: PageStore, path: str) -> None:
         try:
             data = await store.head(path, HEADER_BYTES)
             if data is not None and (parent := read_header(data).parent):

@@ -18,6 +18,12 @@ class StorageMetrics:
         self.failures = Counter(
             "llmserve_storage_failures", "Orders and listings that failed", tier, registry=registry
         )
+        self.errors = Counter(
+            "llmserve_storage_errors",
+            "What the kv role went on after, but should not meet: defects, and messages that were not sent",
+            ("what",),
+            registry=registry,
+        )
         self.out_of_use = Gauge(
             "llmserve_storage_out_of_use", "1 while the tier is left alone since it fails", tier, registry=registry
         )

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 
-_EVERY_S = 30.0
+from llmserve.workers.kv_classes import KeptClass
+
+EVERY_S = 30.0
 
 
 class Uses:
-    """Pages that were used since the stores were told last, by storage class."""
+    """Pages that were used since their stores were told last, by storage class."""
 
-    def __init__(self) -> None:
-        self._used: dict[str, set[str]] = {}
-        self._told_s = time.monotonic()
+    def __init__(self, classes: Sequence[KeptClass]) -> None:
+        self._used: dict[str, set[str]] = {kept.name: set() for kept in classes}
 
     def add(self, name: str, path: str) -> None:
-        self._used.setdefault(name, set()).add(path)
+        """A page was used; those of classes that are not there are ignored."""
+        if (used := self._used.get(name)) is not None:
+            used.add(path)
 
-    def due(self) -> dict[str, list[str]]:
-        """What is to be told now; it counts as told."""
-        if time.monotonic() - self._told_s < _EVERY_S:
-            return {}
-        self._told_s = time.monotonic()
-        used, self._used = self._used, {}
-        return {name: list(paths) for name, paths in used.items()}
+    async def tell(self, kept: KeptClass) -> None:
+        """Tell the class's store; what it does not take is not told again."""
+        used, self._used[kept.name] = self._used[kept.name], set()
+        if used:
+            await kept.guarded(f"renewing {len(used)} times of use", lambda: kept.store.touch(list(used)))

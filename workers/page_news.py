@@ -32,8 +32,13 @@ class PageNews:
         """Of the last message."""
         return self._feed.seq
 
-    def note(self, changes: list[KvChange]) -> None:
-        """What the router is told waits ``FLUSH_S`` for more."""
+    def note(self, changes: list[KvChange], *, unheard: int = 0) -> None:
+        """What the router is told waits ``FLUSH_S`` for more.
+
+        ``unheard``: how often the engine told of pages besides, but was not understood.
+        """
+        for _ in range(unheard):
+            self._metrics.failed("kv events")
         try:
             self._feed.change(changes)
         except ValueError as error:

@@ -193,9 +193,9 @@ class Worker:
             busy = self._engine.load().running > 0
             step = await self._engine.step()
             now_s = time.monotonic()
-            if step.kv:
-                self._pages.note(step.kv)
-                if step == Step(kv=step.kv):
+            if step.kv or step.kv_unheard:
+                self._pages.note(step.kv, unheard=step.kv_unheard)
+                if step == Step(kv=step.kv, kv_unheard=step.kv_unheard):
                     continue
             self._cache_use.saw(step)
             self._metrics.stepped(step, now_s - last_s if busy else None, partial(self.state.tenant_of, now_s=now_s))

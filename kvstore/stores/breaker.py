@@ -31,6 +31,10 @@ class Breaker:
         self._until_s = now_s + self._cool_down_s
         return True
 
+    def rests(self, now_s: float) -> bool:
+        """Whether it is open, and not yet to be tried again; asking is no trial."""
+        return self._until_s is not None and now_s < self._until_s
+
     def succeeded(self) -> None:
         self._failed = 0
         self._cool_down_s = self._first_s

@@ -63,6 +63,8 @@ class FilesystemStore(PageStore):
             threads, thread_name_prefix=f"writes-{name}", initializer=yield_to_the_engine
         )
         self._numbers = itertools.count()
+        self._sweeps = True
+        """Temporary files of dead processes could be removed so far."""
 
     async def read(self, path: str) -> bytes | None:
         return await self._run(lambda: self._read(path))
@@ -181,7 +183,7 @@ class FilesystemStore(PageStore):
         for path, size_bytes, used_s in _files(str(self._root), folder):
             if _TEMPORARY in path:
                 if now_s - used_s > _TEMPORARY_S:
-                    (self._root / path).unlink(missing_ok=True)
+                    self._sweep(path)
             elif path.startswith(prefix):
                 batch.append(Stored(path, size_bytes, used_s))
             if len(batch) == _BATCH:
@@ -189,6 +191,15 @@ class FilesystemStore(PageStore):
                 batch = []
         if batch:
             yield batch
+
+    def _sweep(self, path: str) -> None:
+        try:
+            (self._root / path).unlink(missing_ok=True)
+        except OSError as error:
+            # Of a disk that has become read-only the pages are of use all the same.
+            if self._sweeps:
+                logger.warning("%s: temporary files of dead processes stay: %s", self.name, error)
+            self._sweeps = False
 
 
 def _files(root: str, folder: str) -> Iterator[tuple[str, int, float]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import os
 import threading
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -235,7 +235,7 @@ def test_a_truncated_or_longer_page_is_noticed(disk: DiskType, cut: int) -> None
 def test_a_page_under_another_name_is_refused(key: bytes | None, other: dict[str, object]) -> None:
     made = codec(key=key)
     with pytest.raises(BadPage):
-        decoded(made, made.encode(KEY, a_page()), dataclasses.replace(KEY, **other))  # type: ignore[arg-type]
+        decoded(made, made.encode(KEY, a_page()), msgspec.structs.replace(KEY, **other))
 
 
 def test_who_forges_the_checksum_still_lacks_the_key() -> None:
@@ -245,7 +245,7 @@ def test_who_forges_the_checksum_still_lacks_the_key() -> None:
     from llmserve.kvstore import codec as module
 
     made = codec(key=SECRET)
-    theirs = dataclasses.replace(KEY, space="t-b")
+    theirs = msgspec.structs.replace(KEY, space="t-b")
     stored = made.encode(theirs, a_page())
     head, payload = stored[: HEADER_BYTES - 8], stored[HEADER_BYTES:]
     forged = head + struct.pack("<Q", module._checksum(head, KEY, payload)) + payload

@@ -187,13 +187,54 @@ def test_pages_used_just_now_stay_while_colder_ones_can_go() -> None:
     assert world.lost == [path(1, "t-a")]
 
 
-def test_an_order_that_failed_is_given_again_and_one_under_way_is_not() -> None:
+def test_an_order_that_was_not_begun_is_given_again_and_one_under_way_is_not() -> None:
     world = World([0.0], hot_keep_s=0.0)
     world.store(1)
     (move,) = world.manager.due(world.now_s)
     assert world.manager.due(world.now_s) == []
-    world.manager.failed(move)
+    world.manager.put_back(move)
     assert world.manager.due(world.now_s) == [move]
+
+
+def test_an_order_that_failed_is_given_again_after_ever_longer_pauses() -> None:
+    world = World([0.0], hot_keep_s=0.0)
+    world.store(1)
+    for pause_s in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0):
+        (move,) = world.manager.due(world.now_s)
+        world.manager.failed(move, world.now_s)
+        assert world.manager.due(world.now_s + pause_s - 0.01) == []
+        world.now_s += pause_s
+
+
+def test_instead_of_a_page_that_cannot_be_moved_another_one_goes() -> None:
+    world = World([2.0 * SIZE], hot_keep_s=0.0, evict_if_inactive_s=1e9)
+    for number in range(3):
+        world.now_s += 1
+        world.store(number)
+    (move,) = world.manager.due(world.now_s)
+    assert move.path == path(0)
+    world.manager.failed(move, world.now_s)
+    assert [move.path for move in world.manager.due(world.now_s)] == [path(1)]
+
+
+def test_a_tier_that_cannot_move_anything_leaves_the_others_their_orders() -> None:
+    world = World([0.0, 0.0], hot_keep_s=0.0)
+    for number in range(1000):
+        world.manager.stored(0, key(number), SIZE, world.now_s)
+    world.manager.stored(1, key(5000), SIZE, world.now_s)
+    orders = world.manager.due(world.now_s)
+    assert path(5000) in [move.path for move in orders if move.tier == 1]
+    assert len(orders) < 1000
+    assert not [move for move in world.manager.due(world.now_s) if move.tier == 0], "its share is under way"
+
+
+def test_a_tier_that_is_left_alone_gets_no_orders_and_one_that_is_tried_gets_one() -> None:
+    world = World([0.0, 0.0], hot_keep_s=0.0)
+    for number in range(10):
+        for tier in range(2):
+            world.manager.stored(tier, key(10 * tier + number), SIZE, world.now_s)
+    assert {move.tier for move in world.manager.due(world.now_s, {0: 0})} == {1}
+    assert [move.tier for move in world.manager.due(world.now_s, {0: 1})] == [0]
 
 
 def test_the_pages_that_follow_one_that_is_read_are_wanted_once() -> None:
@@ -210,6 +251,20 @@ def test_the_pages_that_follow_one_that_is_read_are_wanted_once() -> None:
     assert world.settle() == [Move(MoveKind.PREFETCH, 0, path(5))]
 
 
+def listed(world: World, found: list[Stored]) -> tuple[list[str], list[str]]:
+    """(paths that came, paths that went)."""
+    listing = world.manager.listing(0, world.now_s)
+    listing.add(found)
+    listing.sort()
+    came: list[str] = []
+    gone: list[str] = []
+    for new, old in world.manager.listed(listing):
+        came += [page.path for page in new]
+        gone += [page.path for page in old]
+    world.manager.over(listing)
+    return came, gone
+
+
 def test_without_prefetch_nothing_is_wanted() -> None:
     world = World([1e9])
     world.store(0)
@@ -223,8 +278,7 @@ def test_a_listing_corrects_what_was_told_and_keeps_the_later_use() -> None:
     world.store(1)
     world.store(2)
     found = [Stored(path(2), SIZE, 5.0), Stored(path(3), SIZE, world.now_s), Stored("v1/stranger", 1, 0.0)]
-    came, gone = world.manager.listed(0, found)
-    assert (came, gone) == ([path(3)], [path(1)])
+    assert listed(world, found) == ([path(3)], [path(1)])
     assert set(world.manager.pages(0).keys()) == {path(2), path(3)}
     assert world.manager.due(world.now_s) == []
     world.manager.check()

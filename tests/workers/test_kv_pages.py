@@ -3,115 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import sys
-import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from prometheus_client import CollectorRegistry
 
-from llmserve.bus.messages import AnyMessage, Heartbeat, KvEvents, KvResync, Role, Tier
+from llmserve.bus.messages import KvResync, Tier
 from llmserve.kvstore.codec import Codec, PageKind
-from llmserve.kvstore.keys import PageKey
 from llmserve.kvstore.notices import Notice, NoticeKind, Notifier, socket_path
 from llmserve.kvstore.stores.filesystem import FilesystemStore
 from llmserve.kvstore.stores.s3 import S3Store
-from llmserve.manifests.schema import Manifest
-from llmserve.workers.kv_pages import PageKeeper
 from tests.bus.samples import until
-from tests.manifests.samples import manifest
 from tests.s3_servers import BUCKET, S3Server, s3_server
-
-KIND = "f00d" * 4
-GB = 2**30
-
-
-def key(number: int, space: str = "t-a", fingerprint: str = KIND) -> PageKey:
-    return PageKey(fingerprint, space, number.to_bytes(32, "big"))
-
-
-def plant(folder: Path, keys: list[PageKey], size: int = 1000, age_s: float = 0.0) -> None:
-    """Files as workers write them."""
-    for page in keys:
-        file = folder / page.path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(bytes(size))
-        if age_s:
-            os.utime(file, (time.time() - age_s,) * 2)
-
-
-class FakeBus:
-    """What the keeper needs of a bus."""
-
-    def __init__(self) -> None:
-        from llmserve.bus.subjects import Subjects
-
-        self.subjects = Subjects("d")
-        self.told: list[KvEvents] = []
-        self.handlers: dict[str, object] = {}
-
-    async def subscribe(self, subject: str, handler: object) -> FakeBus:
-        self.handlers[subject] = handler
-        return self
-
-    async def unsubscribe(self) -> None:
-        """Nothing to end."""
-
-    def publish(self, subject: str, message: AnyMessage) -> None:
-        assert subject == self.subjects.kv_events
-        assert isinstance(message, KvEvents)
-        self.told.append(message)
-
-    def hear(self, subject: str, message: AnyMessage) -> None:
-        self.handlers[subject](message)  # type: ignore[operator]
-
-    def engine_joins(self, fingerprint: str = KIND) -> None:
-        beat = Heartbeat(member="w", role=Role.PREFILL, host="h", pid=1, fingerprint=fingerprint, page_tokens=16)
-        self.hear(self.subjects.heartbeats, beat)
-
-    def held(self) -> dict[tuple[Tier, str], set[bytes]]:
-        """What the router knows, by tier and host."""
-        known: dict[tuple[Tier, str], set[bytes]] = {}
-        for number, event in enumerate(self.told):
-            assert event.seq == number + 1
-            if event.snapshot:
-                known.clear()
-            for change in event.changes:
-                place = known.setdefault((change.tier, event.host), set())
-                place.difference_update(cut(change.removed))
-                place.update(cut(change.stored))
-        return known
-
-
-def cut(hashes: bytes) -> list[bytes]:
-    return [hashes[start : start + 8] for start in range(0, len(hashes), 8)]
-
-
-@asynccontextmanager
-async def keeping(made: Manifest) -> AsyncIterator[tuple[PageKeeper, FakeBus]]:
-    bus = FakeBus()
-    keeper = PageKeeper(made, bus, "kv-1", "host", CollectorRegistry())  # type: ignore[arg-type]
-    running = asyncio.create_task(keeper.run())
-    try:
-        await asyncio.wait_for(keeper.ready.wait(), 30)
-        yield keeper, bus
-    finally:
-        running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
-
-
-def with_folder(folder: Path, *, capacity: int | None = None, more: str = "", eviction: str = "") -> Manifest:
-    bound = "" if capacity is None else f", capacity_gb: {capacity / GB:.12f}"
-    evicts = f", eviction: {{{eviction}}}" if eviction else ""
-    classes = f"storageClasses: [{{name: disk, type: filesystem, path: {folder}{bound}}}{more}]"
-    tenants = "scheduling: {fair_share: {tenants: {a: {}, b: {}}}}"
-    return manifest(f"{classes}, {tenants}, kv_cache: {{dram_gb: 0.1{evicts}}}")
+from tests.workers.keeping import GB, KIND, keeping, key, plant, with_folder
 
 
 async def test_what_lies_there_is_listed_and_told_once_an_engine_can_read_it(tmp_path: Path) -> None:
@@ -201,6 +107,43 @@ async def test_idle_pages_go_to_s3_and_those_that_follow_a_read_one_come_back(
         assert not (tmp_path / key(0).path).exists()
         shorts = {key(number).block[-8:] for number in range(3)}
         await until(lambda: bus.held() == {(Tier.NVME, "host"): shorts - {key(0).block[-8:]}, (Tier.S3, ""): shorts})
+    await store.close()
+
+
+async def test_a_page_that_a_worker_stores_while_it_is_prefetched_is_gone_for_the_router_when_it_goes(
+    tmp_path: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moving, goes_on, as_it_is = asyncio.Event(), asyncio.Event(), FilesystemStore.write
+
+    async def write(self: FilesystemStore, path: str, data: bytes) -> None:
+        moving.set()
+        await goes_on.wait()
+        await as_it_is(self, path, data)
+
+    monkeypatch.setattr(FilesystemStore, "write", write)
+    store = S3Store("object", BUCKET, region="us-east-1", endpoint_url=server.url, prefix="twice")
+    await store.write(key(1).path, b"page")
+    async with keeping(with_folder(tmp_path, more=s3_class(server.url, "twice"))) as (keeper, bus):
+        bus.engine_joins()
+        notifier = Notifier(socket_path(str(tmp_path)))
+
+        def tell(kind: NoticeKind, tier: str, number: int, parent: bytes = b"") -> None:
+            notifier.add(Notice(kind, tier, key(number).path, 4, parent))
+            notifier.flush()
+
+        tell(NoticeKind.STORED, "object", 0)
+        tell(NoticeKind.STORED, "object", 1, key(0).block)
+        tell(NoticeKind.USED, "object", 0)
+        await until(moving.is_set)
+        tell(NoticeKind.STORED, "disk", 1)
+        await until(lambda: bus.held().get((Tier.NVME, "host")) == {key(1).block[-8:]})
+        goes_on.set()
+        await until((tmp_path / key(1).path).exists)
+        await until(lambda: keeper.manager.pages(0).get(key(1).path) is not None)
+        tell(NoticeKind.STORED, "disk", 2)
+        await until(lambda: len(bus.held()[Tier.NVME, "host"]) == 2)
+        tell(NoticeKind.REMOVED, "disk", 1)
+        await until(lambda: bus.held()[Tier.NVME, "host"] == {key(2).block[-8:]})
     await store.close()
 
 

@@ -142,6 +142,8 @@ class Step:
     """Prompt tokens computed in this step."""
     kv: list[KvChange] = field(default_factory=list)
     """Pages that can be reused from now on, or no more. A step may consist of these alone."""
+    kv_unheard: int = 0
+    """Times that the engine told of its pages, but could not be understood."""
     tiers: dict[str, dict[str, float]] = field(default_factory=dict)
     """By storage class, what happened there since the last such step; see ``kvstore.tiers.TierStats``."""
 

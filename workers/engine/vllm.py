@@ -30,7 +30,7 @@ from llmserve.workers.engine.load_rates import LoadRates
 from llmserve.workers.engine.sockets import socket_folder
 from llmserve.workers.engine.vllm_ahead import Ahead
 from llmserve.workers.engine.vllm_config import VllmOptions, apply_environment, build_config
-from llmserve.workers.engine.vllm_core import Core, info_of
+from llmserve.workers.engine.vllm_core import Core, Unheard, info_of
 from llmserve.workers.engine.vllm_events import changes_of
 from llmserve.workers.engine.vllm_outputs import (
     Entry,
@@ -216,9 +216,12 @@ class VllmEngine(Engine):
     def load(self) -> EngineLoad:
         return replace(self._load, load_tokens_s=dict(self._rates.tokens_s), steps=self._steps_ended)
 
-    def _sink(self, outputs: EngineCoreOutputs | KVEventBatch | Exception) -> None:
+    def _sink(self, outputs: EngineCoreOutputs | KVEventBatch | Unheard | Exception) -> None:
         if isinstance(outputs, Exception):
             self._die(f"the engine core is gone: {' '.join(str(outputs).split()) or type(outputs).__name__}")
+            return
+        if isinstance(outputs, Unheard):
+            self._steps.put_nowait(Step(kv_unheard=1))
             return
         from vllm.v1.engine import EngineCoreOutputs
 

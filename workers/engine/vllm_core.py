@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from llmserve.workers.engine.base import EngineInfo
 
+
+class Unheard:
+    """KV events that could not be taken in."""
+
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.distributed.kv_events import KVEventBatch
     from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 
-    Sink: TypeAlias = Callable[[EngineCoreOutputs | KVEventBatch | Exception], None]
+    Sink: TypeAlias = Callable[[EngineCoreOutputs | KVEventBatch | Unheard | Exception], None]
     """Called in the event loop with each step's outputs and KV events, and once with the exception that ended the
     core."""
 

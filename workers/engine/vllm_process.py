@@ -9,7 +9,7 @@ import multiprocessing
 from typing import TYPE_CHECKING
 
 from llmserve.workers.engine.base import EngineError
-from llmserve.workers.engine.vllm_core import Core, Pages, pages_of, refused
+from llmserve.workers.engine.vllm_core import Core, Pages, Unheard, pages_of, refused
 from llmserve.workers.engine.vllm_fork import fork_engines
 from llmserve.workers.engine.vllm_subscription import KvSubscription
 
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _STOP_S = 5.0
 """Seconds that the child gets to stop by itself."""
+_LISTEN_AGAIN_S = 1.0
 _CHILD = "EngineCore"
 
 
@@ -71,8 +72,15 @@ class ProcessCore(Core):
         return pages_of(cache.num_gpu_blocks or 0, cache.block_size, said)
 
     async def _hear(self, events: KvSubscription, sink: Sink) -> None:
-        async for batch in events.batches():
-            sink(batch)
+        while True:
+            try:
+                async for batch in events.batches():
+                    sink(batch)
+            except Exception:
+                # The engine works all the same; only where its pages are is not known as well.
+                logger.exception("the engine core's KV events could not be taken in; listening again")
+                sink(Unheard())
+            await asyncio.sleep(_LISTEN_AGAIN_S)
 
     def _open(self) -> AsyncMPClient:
         from vllm.v1.engine.core_client import AsyncMPClient

@@ -26,6 +26,7 @@ class KvSubscription:
         import zmq.asyncio
 
         self._endpoint: str = config.endpoint
+        self._expected = 0
         self._socket = zmq.asyncio.Context.instance().socket(zmq.SUB)
         self._socket.setsockopt(zmq.RCVHWM, config.hwm)
         self._socket.subscribe(config.topic.encode())
@@ -42,19 +43,18 @@ class KvSubscription:
         self._socket.disable_monitor()
 
     async def batches(self) -> AsyncIterator[KVEventBatch]:
-        """Without end."""
+        """Without end, but for an exception; then to be asked for again."""
         import msgspec
         from vllm.distributed.kv_events import KVEventBatch
 
         decoder = msgspec.msgpack.Decoder(KVEventBatch)
-        expected = 0
         while True:
             _, number, payload = await self._socket.recv_multipart()
             seq = int.from_bytes(number, "big")
-            if seq != expected:
+            if seq != self._expected:
                 # Only when the queue of the socket was full. Some pages are then not known, or known and gone.
-                logger.error("%d batches of the engine core's KV events were lost", seq - expected)
-            expected = seq + 1
+                logger.error("%d batches of the engine core's KV events were lost", seq - self._expected)
+            self._expected = seq + 1
             yield decoder.decode(payload)
 
     def close(self) -> None:

@@ -47,3 +47,13 @@ def test_a_trial_that_never_ends_does_not_keep_it_open_for_ever() -> None:
     breaker = opened()
     assert breaker.allows(1.0)
     assert breaker.allows(2.0)
+
+
+def test_whether_it_rests_can_be_asked_without_using_up_the_trial() -> None:
+    breaker = opened()
+    assert breaker.rests(0.9)
+    assert not breaker.rests(1.0)
+    assert breaker.allows(1.0)
+    assert breaker.rests(1.0)
+    breaker.succeeded()
+    assert not breaker.rests(1.0)
