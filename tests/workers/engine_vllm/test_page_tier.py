@@ -1,4 +1,4 @@
-"""The classes that vLLM's offloading loads, without an engine: hot sets in DRAM, and a tier that never blocks."""
+"""The classes that vLLM's offloading loads, without an engine: a tier that never blocks."""
 
 from __future__ import annotations
 
@@ -260,53 +260,3 @@ def _count(made: Tier, what: str) -> float:
     stats = made.tier.get_stats()
     values = stats.data["data"].get(f"llmserve_tier:{what}:disk", {}) if stats is not None else {}
     return float(sum(values.values()))
-
-
-def a_policy(capacity: int, **hot: float) -> Any:
-    from llmserve.workers.offload.policy import HotSetPolicy
-
-    policy = HotSetPolicy(capacity)
-    policy.promise({f"t-{name}": chunks for name, chunks in hot.items()})
-    return policy
-
-
-def put(policy: Any, number: int, space: str) -> Any:
-    from vllm.v1.kv_offload.cpu.policies.base import ChunkStatus
-
-    chunk = ChunkStatus(number)
-    chunk.ref_cnt = 0
-    policy.on_store_miss([key(number)], context(space))
-    policy.insert(key(number), chunk)
-    return chunk
-
-
-def test_in_dram_a_noisy_tenant_evicts_its_own_chunks() -> None:
-    policy = a_policy(8, a=3)
-    for number in range(3):
-        put(policy, number, "t-a")
-    for number in range(10, 60):
-        if number >= 15:
-            assert len(policy.evict(1, set())) == 1
-        put(policy, number, "t-b")
-    assert all(policy.get(key(number)) for number in range(3))
-
-
-def test_chunks_in_use_or_protected_stay_and_an_eviction_that_is_too_large_changes_nothing() -> None:
-    policy = a_policy(8)
-    chunks = [put(policy, number, "t-a") for number in range(4)]
-    chunks[0].ref_cnt = 1
-    chunks[1].ref_cnt = -1
-    assert policy.evict(2, {key(2)}) is None
-    assert policy.evict(0, set()) == []
-    assert [name for name, _ in policy.evict(1, {key(2)})] == [key(3)]
-    assert policy.get(key(3)) is None
-
-
-def test_the_end_of_a_prefix_goes_before_its_beginning() -> None:
-    policy = a_policy(8)
-    for number in range(3):
-        put(policy, number, "t-a")
-    policy.touch([key(0), key(1), key(2)], context())
-    assert [name for name, _ in policy.evict(2, set())] == [key(2), key(1)]
-    policy.clear()
-    assert policy.get(key(0)) is None
