@@ -99,6 +99,13 @@ class Codec:
         """How pages are really stored."""
         return self._disk
 
+    @property
+    def most_bytes(self) -> int:
+        """Of an encoded page, at most."""
+        page_bytes = self._kind.page_bytes
+        # What zstd cannot compress grows by this (``ZSTD_COMPRESSBOUND``).
+        return HEADER_BYTES + _TAG_BYTES + page_bytes + page_bytes // 256 + 64
+
     def encode(self, key: PageKey, page: Bytes, parent: bytes = b"") -> bytes:
         """The bytes to store for ``page`` (uint8, of the kind's size)."""
         if page.size != self._kind.page_bytes:

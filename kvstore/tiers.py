@@ -4,7 +4,8 @@ A page is written to the first class that takes it, and read from the first one 
 it is written to the first one too. Where pages go later is the kv manager's business (``kvstore.manager``).
 
 Nothing here fails: a page that cannot be read is a miss, one that cannot be written is dropped, and both are counted.
-Behind a circuit breaker a class that fails is left alone, reads and writes apart, since a read-only disk still reads.
+Behind circuit breakers a class that fails is left alone: look-ups, reads and writes apart, since a read-only disk
+still reads, and an object store may know what it has and not yield it. A class that is not to be read is not asked.
 One that loads a page slower than the engine computes it is not read.
 """
 
@@ -34,7 +35,7 @@ logger = logging.getLogger("vllm.llmserve.tiers")
 T = TypeVar("T")
 
 LOOK_S = 1.0
-"""For a class to say which pages of a prefix it has: a request waits for it."""
+"""For a class to say which pages of a prefix it has: a request waits for it. What it has said by then counts."""
 
 
 @dataclass(slots=True)
@@ -59,9 +60,11 @@ class TierStats:
     """1 while a breaker keeps the class out of use."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Class:
     store: PageStore
+    looks: Breaker = field(default_factory=Breaker)
+    """Apart from reads: a class may say at once what it has, and hang when it is to yield it."""
     reads: Breaker = field(default_factory=Breaker)
     writes: Breaker = field(default_factory=Breaker)
     stats: TierStats = field(default_factory=TierStats)
@@ -93,42 +96,42 @@ class Tiers:
         self._clock = clock
 
     def worthy(self, compute_s: float) -> frozenset[str]:
-        """Classes that load a page no slower than the ``compute_s`` in which it is computed; may be asked from any
-        thread."""
+        """Classes that can be read, and load a page no slower than the ``compute_s`` in which it is computed; may be
+        asked from any thread."""
         now_s = self._clock()
-        return frozenset(tier.store.name for tier in self._classes if tier.pace.worth(compute_s, now_s))
+        return frozenset(
+            tier.store.name
+            for tier in self._classes
+            if tier.reads.would_allow(now_s) and tier.pace.worth(compute_s, now_s)
+        )
 
     async def held(self, keys: Sequence[PageKey], compute_s: float = math.inf) -> int:
         """How many of ``keys``, which follow each other in a prefix, the classes hold without a gap. Classes that
-        take longer than ``compute_s`` for a page are not asked."""
+        cannot be read, or take longer than ``compute_s`` for a page, are not asked."""
         paths = [key.path for key in keys]
         names = self.worthy(compute_s)
-        worthy = [tier for tier in self._classes if tier.store.name in names]
+        left_s = {tier: LOOK_S for tier in self._classes if tier.store.name in names}
         count = 0
         advanced = True
         while advanced and count < len(paths):
             advanced = False
-            for tier in worthy:
-                if count < len(paths) and (more := await self._contains(tier, paths[count:])):
-                    count += more
-                    advanced = True
+            for tier in left_s:
+                # What is left after half of it is no time to answer in, and would only count as a failure.
+                if count == len(paths) or left_s[tier] < LOOK_S / 2:
+                    continue
+                begun_s = self._clock()
+                more = await self._contains(tier, paths[count:], left_s[tier])
+                left_s[tier] -= self._clock() - begun_s
+                count += more
+                advanced = advanced or more > 0
         return count
 
     async def has(self, key: PageKey) -> bool:
         """Whether the page is in the first class already: another worker may have written it."""
-        return bool(self._classes) and await self._contains(self._classes[0], [key.path]) == 1
+        return bool(self._classes) and await self._contains(self._classes[0], [key.path], LOOK_S) == 1
 
-    async def _contains(self, tier: _Class, paths: Sequence[str]) -> int:
-        async def call() -> int:
-            try:
-                async with asyncio.timeout(LOOK_S):
-                    return await tier.store.contains(paths)
-            except TimeoutError as error:
-                raise StoreError(
-                    f"{tier.store.name}: no answer within {LOOK_S:g} s which of {len(paths)} pages it has"
-                ) from error
-
-        return await self._guarded(tier, tier.reads, call) or 0
+    async def _contains(self, tier: _Class, paths: Sequence[str], within_s: float) -> int:
+        return await self._guarded(tier, tier.looks, lambda: tier.store.contains_within(paths, within_s)) or 0
 
     async def load(self, key: PageKey, page: Bytes, among: frozenset[str] | None = None) -> bool:
         """Fill ``page``; False if no class, of those ``among`` if given, has it whole, and then ``page`` may hold
@@ -152,20 +155,27 @@ class Tiers:
 
     async def _loaded(self, tier: _Class, key: PageKey, page: Bytes) -> bytes | None:
         """What was decoded into ``page``."""
-        done = False
+        loaded: bool | None = None
+
+        async def read() -> bytes | None:
+            nonlocal loaded
+            loaded = False
+            data = await tier.store.read(key.path)
+            loaded = None
+            return data
+
         tier.pace.begin(self._clock())
         try:
-            data = await self._read(tier, key.path)
-            done = data is not None and await self._decoded(tier, key, data, page)
-        finally:
-            tier.stats.load_s += tier.pace.end(self._clock(), loaded=done)
-        return data if done else None
-
-    async def _read(self, tier: _Class, path: str) -> bytes | None:
-        data = await self._guarded(tier, tier.reads, lambda: tier.store.read(path))
-        if data is not None:
+            data = await self._guarded(tier, tier.reads, read)
+            if data is None:
+                return None
             await self._pace(len(data))
-        return data
+            if not await self._decoded(tier, key, data, page):
+                return None
+            loaded = True
+            return data
+        finally:
+            tier.stats.load_s += tier.pace.end(self._clock(), loaded=loaded)
 
     async def _decoded(self, tier: _Class, key: PageKey, data: bytes, page: Bytes) -> bool:
         try:
@@ -181,6 +191,11 @@ class Tiers:
             logger.exception("page %s of %s cannot be decoded", key.path, tier.store.name)
             return False
         return True
+
+    @property
+    def most_bytes(self) -> int:
+        """Of an encoded page."""
+        return self._codec.most_bytes
 
     async def encoded(self, key: PageKey, page: Bytes, parent: bytes) -> bytes | None:
         """The bytes to be written for ``page``, which may change once they are here; None if it is dropped."""
@@ -222,7 +237,7 @@ class Tiers:
         taken = {}
         for tier in self._classes:
             taken[tier.store.name], tier.stats = tier.stats, TierStats()
-            taken[tier.store.name].open = int(tier.reads.is_open or tier.writes.is_open)
+            taken[tier.store.name].open = int(tier.looks.is_open or tier.reads.is_open or tier.writes.is_open)
         return taken
 
     async def close(self) -> None:

@@ -35,7 +35,7 @@ class KeptClass:
         """Orders that may be given now, None for any number: one that fails is left alone, then tried with one."""
         if not self.breaker.is_open:
             return None
-        return 0 if self.breaker.rests(time.monotonic()) else 1
+        return 1 if self.breaker.would_allow(time.monotonic()) else 0
 
     def allows(self) -> bool:
         """Whether it may be used now; if it failed, to try it."""

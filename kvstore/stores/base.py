@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 
 import msgspec
+
+_AT_ONCE = 128
+"""Paths of a question with a deadline that are asked for in one call: what was found before it counts."""
 
 
 class StoreError(Exception):
@@ -44,6 +48,25 @@ class PageStore(ABC):
     @abstractmethod
     async def contains(self, paths: Sequence[str]) -> int:
         """How many of ``paths``, from the first on, exist without a gap. Raises ``StoreError``."""
+
+    async def contains_within(self, paths: Sequence[str], within_s: float) -> int:
+        """``contains``, but after ``within_s`` only as many as are known by then. Raises ``StoreError``, also if
+        nothing is known."""
+        count = 0
+        try:
+            async with asyncio.timeout(within_s):
+                while batch := paths[count : count + _AT_ONCE]:
+                    more = await self.contains(batch)
+                    count += more
+                    if more < len(batch):
+                        break
+        except TimeoutError as error:
+            if not count:
+                raise self._silent(paths, within_s) from error
+        return count
+
+    def _silent(self, paths: Sequence[str], within_s: float) -> StoreError:
+        return StoreError(f"{self.name}: no answer within {within_s:g} s which of {len(paths)} pages it has")
 
     @abstractmethod
     async def delete(self, paths: Sequence[str]) -> None:

@@ -24,16 +24,16 @@ class Breaker:
 
     def allows(self, now_s: float) -> bool:
         """Whether a call may be made now; of an open one this is the trial, and others wait for its outcome."""
-        if self._until_s is None:
-            return True
-        if now_s < self._until_s:
+        if not self.would_allow(now_s):
             return False
-        self._until_s = now_s + self._cool_down_s
+        if self._until_s is not None:
+            self._until_s = now_s + self._cool_down_s
         return True
 
-    def rests(self, now_s: float) -> bool:
-        """Whether it is open, and not yet to be tried again; asking is no trial."""
-        return self._until_s is not None and now_s < self._until_s
+    def would_allow(self, now_s: float) -> bool:
+        """What ``allows`` would say, without taking the trial; may be asked from any thread."""
+        until_s = self._until_s
+        return until_s is None or now_s >= until_s
 
     def succeeded(self) -> None:
         self._failed = 0

@@ -1,17 +1,21 @@
 """Pages as objects of an S3 bucket, or of any server that speaks its protocol.
 
 Retries with jittered exponential backoff and the decision what is worth one are botocore's (mode ``standard``);
-large pages go in parts. Each call has a deadline over all its tries, so that a server that hangs costs no more than
-one that is down. An object's time of last use is its ``LastModified``, renewed by copying it onto itself; on the few
-servers that keep the time then (s3rver), pages age from their writing, or from their last use that a manager saw.
+large pages go in parts. Each call has a deadline over all its tries and over its wait for a connection, so that a
+server that hangs costs no more than one that is down. An object's time of last use is its ``LastModified``, renewed
+by copying it onto itself; on the few servers that keep the time then (s3rver), pages age from their writing, or from
+their last use that a manager saw.
 """
 
 from __future__ import annotations
 
 import asyncio
 import io
+import logging
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
+from itertools import islice
 from typing import Any, TypeVar
 
 import aioboto3
@@ -19,18 +23,29 @@ import aiohttp
 from aiobotocore.config import AioConfig
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
 
 from llmserve.kvstore.stores.base import PageStore, Stored, StoreError
+
+logger = logging.getLogger("vllm.llmserve.tiers")
+"""Below ``vllm``, whose logger is the one that engine processes configure."""
 
 T = TypeVar("T")
 
 _PARALLEL = 16
 """Requests under way at once."""
+_AHEAD = 2 * _PARALLEL
+"""Of a prefix so many pages are asked for before the first of them is known: a slow answer holds up no others."""
 _DELETE_BATCH = 1000
 _MISSING = ("404", "NoSuchKey", "NotFound")
 _TRIES = 3
 PART_BYTES = 16 * 2**20
 """Larger pages are written in parts of this size."""
+
+
+_FAILURES = (BotoCoreError, ResponseParserError, aiohttp.ClientError, OSError, ValueError)
+"""What servers and networks make the libraries raise: aiohttp's of a body that is cut, the parser's of a proxy's page
+in place of an answer."""
 
 
 class S3Store(PageStore):
@@ -108,7 +123,34 @@ class S3Store(PageStore):
         await self._call(call)
 
     async def contains(self, paths: Sequence[str]) -> int:
-        async def call(client: Any, path: str) -> bool:
+        return await self._count(paths, None)
+
+    async def contains_within(self, paths: Sequence[str], within_s: float) -> int:
+        return await self._count(paths, within_s)
+
+    async def _count(self, paths: Sequence[str], within_s: float | None) -> int:
+        rest = iter(paths)
+        asked: deque[asyncio.Task[bool]] = deque()
+        count = 0
+        try:
+            async with asyncio.timeout(within_s):
+                while True:
+                    asked.extend(asyncio.create_task(self._has(path)) for path in islice(rest, _AHEAD - len(asked)))
+                    if not asked or not await asked[0]:
+                        return count
+                    asked.popleft()
+                    count += 1
+        except TimeoutError as error:
+            if not count and within_s is not None:
+                raise self._silent(paths, within_s) from error
+            return count
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+
+    async def _has(self, path: str) -> bool:
+        async def call(client: Any) -> bool:
             try:
                 await client.head_object(Bucket=self._bucket, Key=self._key(path))
             except ClientError as error:
@@ -117,12 +159,7 @@ class S3Store(PageStore):
                 raise
             return True
 
-        for start in range(0, len(paths), _PARALLEL):
-            batch = paths[start : start + _PARALLEL]
-            found = await self._all(lambda client, path=path: call(client, path) for path in batch)
-            if not all(found):
-                return start + found.index(False)
-        return len(paths)
+        return await self._call(call)
 
     async def delete(self, paths: Sequence[str]) -> None:
         for start in range(0, len(paths), _DELETE_BATCH):
@@ -136,7 +173,22 @@ class S3Store(PageStore):
             await self._call(call)
 
     async def touch(self, paths: Sequence[str]) -> None:
-        async def call(client: Any, path: str) -> None:
+        rest = iter(paths)
+
+        async def some() -> None:
+            for path in rest:
+                await self._touch(path)
+
+        # No more at a time than there are connections: the wait for one counts.
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in paths[:_PARALLEL]:
+                    group.create_task(some())
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
+
+    async def _touch(self, path: str) -> None:
+        async def call(client: Any) -> None:
             key = self._key(path)
             source = {"Bucket": self._bucket, "Key": key}
             try:
@@ -147,7 +199,7 @@ class S3Store(PageStore):
                 if not _missing(error):
                     raise
 
-        await self._all(lambda client, path=path: call(client, path) for path in paths)
+        await self._call(call)
 
     async def listing(self, prefix: str) -> AsyncIterator[list[Stored]]:
         after = ""
@@ -178,20 +230,28 @@ class S3Store(PageStore):
     def _key(self, path: str) -> str:
         return self._prefix + path
 
-    async def _all(self, calls: Any) -> list[Any]:
-        return list(await asyncio.gather(*(self._call(call) for call in calls)))
-
     async def _call(self, call: Callable[[Any], Awaitable[T]]) -> T:
         try:
-            async with self._slots, asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self._timeout_s), self._slots:
                 return await call(await self._opened())
+        except StoreError:
+            raise
+        except asyncio.CancelledError as error:
+            # If nobody cancelled it, it is aiohttp's own: a server may answer before all of an object was sent.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise StoreError(f"{self.name}: the request was cut short") from error
         except TimeoutError as error:
             raise StoreError(f"{self.name}: no answer within {self._timeout_s:g} s") from error
         except ClientError as error:
-            code = error.response.get("Error", {}).get("Code", "unknown")
+            code = error.response.get("Error", {}).get("Code") or "unknown"
             raise StoreError(f"{self.name}: {code}") from error
-        except (BotoCoreError, aiohttp.ClientError, OSError, ValueError) as error:  # aiohttp's: of a body that is cut
-            raise StoreError(f"{self.name}: {' '.join(str(error).split())}") from error
+        except _FAILURES as error:
+            raise StoreError(f"{self.name}: {_text(error)}") from error
+        except Exception as error:
+            logger.exception("bucket %s of %s failed in a way of its own", self._bucket, self.name)
+            raise StoreError(f"{self.name}: {_text(error)}") from error
 
     async def _opened(self) -> Any:
         async with self._opening:
@@ -203,3 +263,7 @@ class S3Store(PageStore):
 
 def _missing(error: ClientError) -> bool:
     return error.response.get("Error", {}).get("Code") in _MISSING
+
+
+def _text(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -64,8 +64,16 @@ def decoded(codec: Codec, data: bytes, key: PageKey = KEY) -> Bytes:
 def test_lossless_encodings_return_any_bytes(disk: DiskType, key: bytes | None, page: bytes, parent: bytes) -> None:
     made = codec(disk, page_bytes=len(page), key=key)
     data = made.encode(KEY, np.frombuffer(page, np.uint8).copy(), parent)
+    assert len(data) <= made.most_bytes
     assert decoded(made, data).tobytes() == page
     assert read_header(data).parent == parent
+
+
+@pytest.mark.parametrize("page_bytes", [1, 4096, 100_000, 2**20])
+def test_no_page_takes_more_bytes_than_its_codec_says(page_bytes: int) -> None:
+    made = codec("zstd", page_bytes=page_bytes, key=SECRET)
+    noise = np.random.default_rng(1).integers(0, 256, page_bytes).astype(np.uint8)
+    assert page_bytes < len(made.encode(KEY, noise, bytes(32))) <= made.most_bytes
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])

@@ -20,14 +20,16 @@ may say for ever that it has it."""
 class KnownPages:
     """Pages that are there, pages that were not there just now, and questions about the rest.
 
-    A page may be gone although it is known: then loading it fails, and it is forgotten. One that was missing may
-    be there soon: another worker wrote it.
+    A page may be gone although it is known: then loading it fails, and it is lost until it is written anew. One that
+    was missing may be there soon: another worker wrote it.
     """
 
     def __init__(self) -> None:
         self._there: OrderedDict[NamedPage, None] = OrderedDict()
         self._missing: dict[NamedPage, float] = {}
         """Until when it counts as missing."""
+        self._lost: dict[NamedPage, float] = {}
+        """Likewise, of those that could not be loaded and were not written since."""
         self._asked: set[NamedPage] = set()
         self._questions: dict[str, list[NamedPage]] = {}
         """Of this step, by request: a prefix, in order."""
@@ -39,7 +41,7 @@ class KnownPages:
         """Whether the page is there; None: it is asked for, come again."""
         if page in self._there:
             return True
-        if self._missing.get(page, 0.0) > now_s:
+        if self._missing.get(page, 0.0) > now_s or self._lost.get(page, 0.0) > now_s:
             return False
         if page not in self._asked:
             self._asked.add(page)
@@ -52,18 +54,22 @@ class KnownPages:
         return list(questions.values())
 
     def answer(self, pages: Sequence[NamedPage], there: int, now_s: float) -> None:
-        """Of ``pages`` the first so many are there."""
+        """Of ``pages`` the first so many are there, as their classes say."""
         if len(self._missing) > _KNOWN:
             self._missing.clear()
         for number, page in enumerate(pages):
             self._asked.discard(page)
-            if number < there:
-                self.add(page)
-            else:
-                self._missing[page] = max(now_s + _MISSING_S, self._missing.get(page, 0.0))
+            if number >= there:
+                self._missing[page] = now_s + _MISSING_S
+            elif self._lost.get(page, 0.0) <= now_s:
+                self._add(page)
 
-    def add(self, page: NamedPage) -> None:
-        """The page is there."""
+    def written(self, page: NamedPage) -> None:
+        """The page is there, whole."""
+        self._lost.pop(page, None)
+        self._add(page)
+
+    def _add(self, page: NamedPage) -> None:
         self._there[page] = None
         self._there.move_to_end(page)
         self._missing.pop(page, None)
@@ -72,6 +78,12 @@ class KnownPages:
 
     def lost(self, pages: Iterable[NamedPage], now_s: float) -> None:
         """They could not be loaded."""
+        if len(self._lost) > _KNOWN:
+            self._lost.clear()
         for page in pages:
             self._there.pop(page, None)
-            self._missing[page] = now_s + _LOST_S
+            self._lost[page] = now_s + _LOST_S
+
+    def is_lost(self, page: NamedPage) -> bool:
+        """Whoever says that it has the page could not yield it when it was read last."""
+        return page in self._lost

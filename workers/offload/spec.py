@@ -11,7 +11,7 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from llmserve.workers.offload.copying import CopyingWorker
 from llmserve.workers.offload.params import HOT_BYTES
-from llmserve.workers.offload.policy import HotSetPolicy
+from llmserve.workers.offload.policy import hot_sets_of
 
 if TYPE_CHECKING:
     from vllm.v1.kv_offload.base import CanonicalKVCaches, OffloadingManager, OffloadingWorker
@@ -26,10 +26,9 @@ class PageTieringSpec(TieringOffloadingSpec):  # type: ignore[misc]  # vLLM is u
         if self._manager is None:
             manager = super().get_manager()
             assert isinstance(manager, TieringOffloadingManager)
-            policy = manager.primary_tier._policy
-            assert isinstance(policy, HotSetPolicy)
             hot_bytes: dict[str, float] = self.extra_config.get(HOT_BYTES, {})
-            policy.promise({space: size / self.kv_bytes_per_chunk for space, size in hot_bytes.items()})
+            hot_chunks = {space: size / self.kv_bytes_per_chunk for space, size in hot_bytes.items()}
+            hot_sets_of(manager.primary_tier).promise(hot_chunks)
         return self._manager
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:

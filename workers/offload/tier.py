@@ -7,7 +7,6 @@ the write goes on behind.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import os
@@ -37,6 +36,7 @@ from llmserve.kvstore.quantize import Bytes
 from llmserve.kvstore.tiers import Tiers, TierStats
 from llmserve.kvstore.transfer.pacing import TokenBucket
 from llmserve.workers.offload.known import KnownPages, NamedPage
+from llmserve.workers.offload.loading import Incoming, load_all
 from llmserve.workers.offload.loop import LoopThread
 from llmserve.workers.offload.params import NOBODY, kept_tokens, page_compute_s, space_of_request
 from llmserve.workers.offload.settings import from_builtins, make_stores, meeting_place
@@ -194,7 +194,10 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
         items = items[:room]
         self._behind += len(items)
         parents = parents_of(job.req_context, [key for (_, key), _ in items])
-        outgoing = [Outgoing(self._key(page), parents.get(page[1], b""), self._row(chunk)) for page, chunk in items]
+        outgoing = [
+            Outgoing(self._key(page), parents.get(page[1], b""), self._row(chunk), anew=self._known.is_lost(page))
+            for page, chunk in items
+        ]
         self._thread.begin(self._store(job.job_id, [page for page, _ in items], outgoing))
 
     async def _store(self, job_id: int, pages: list[NamedPage], outgoing: list[Outgoing]) -> None:
@@ -217,35 +220,26 @@ class PageTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyped
     def _written(self, count: int, there: list[NamedPage]) -> None:
         self._behind -= count
         for page in there:
-            self._known.add(page)
+            self._known.written(page)
 
     def submit_load(self, job_metadata: TransferJob) -> None:
         self._jobs += 1
-        space = space_of_request(job_metadata.req_context.kv_transfer_params)
-        items = [(key, int(chunk)) for key, chunk in zip(job_metadata.keys, job_metadata.chunk_ids, strict=True)]
         compute_s = page_compute_s(job_metadata.req_context.kv_transfer_params, self._page_tokens)
-        self._thread.begin(self._load(job_metadata.job_id, space, items, compute_s))
+        self._thread.begin(self._load(job_metadata, compute_s))
 
-    async def _load(self, job_id: int, space: str, items: list[tuple[OffloadKey, int]], compute_s: float) -> None:
+    async def _load(self, job: TransferJob, compute_s: float) -> None:
         begun_s = time.monotonic()
-        slots = asyncio.Semaphore(self._parallel)
-        # A prefix is loaded whole or not: half of it would only be late.
-        among = self._tiers.worthy(compute_s)
-
-        async def one(key: OffloadKey, chunk: int) -> bool:
-            async with slots:
-                return await self._tiers.load(self._key((space, bytes(key))), self._row(chunk), among)
-
-        loaded = await asyncio.gather(*(one(key, chunk) for key, chunk in items), return_exceptions=True)
-        for result in loaded:
-            if isinstance(result, BaseException):
-                logger.error("cannot load a page", exc_info=result)
-        found = [key for (key, _), result in zip(items, loaded, strict=True) if result is True]
-        lost = [(space, bytes(key)) for (key, _), result in zip(items, loaded, strict=True) if result is not True]
+        space = space_of_request(job.req_context.kv_transfer_params)
+        pages = [(space, bytes(key)) for key in job.keys]
+        rows = [self._row(int(chunk)) for chunk in job.chunk_ids]
+        incoming = [Incoming(self._key(page), row) for page, row in zip(pages, rows, strict=True)]
+        loaded = await load_all(self._tiers, incoming, compute_s, self._parallel)
+        found = [key for key, done in zip(job.keys, loaded, strict=True) if done]
+        lost = [page for page, done in zip(pages, loaded, strict=True) if not done]
         if lost:
             self._news.put(lambda: self._known.lost(lost, time.monotonic()))
         moved = len(found) * self._block_size_bytes
-        self._finish(JobResult(job_id, len(found) == len(items), found, time.monotonic() - begun_s, moved))
+        self._finish(JobResult(job.job_id, not lost, found, time.monotonic() - begun_s, moved))
 
     def _row(self, chunk: int) -> Bytes:
         row: Bytes = self._rows[chunk]

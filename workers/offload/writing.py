@@ -26,16 +26,19 @@ class Outgoing:
     """Hash of the block before it, empty if that is not known."""
     page: Bytes
     """Its chunk of DRAM, which stays as it is until the page is encoded."""
+    anew: bool = False
+    """To be written even where it seems to be: what is there could not be read."""
 
 
 class WriteBehind:
     """Encodes pages one after the other, since each waits in DRAM until then, and writes several at once. What is
-    encoded and not written yet is at most ``waiting_bytes``: a slow class holds chunks of DRAM, not more memory.
-    Belongs to the tiers' event loop."""
+    encoded and not written yet is at most ``waiting_bytes``, or one page: a slow class holds chunks of DRAM, not more
+    memory. Belongs to the tiers' event loop."""
 
     def __init__(self, tiers: Tiers, waiting_bytes: int, parallel: int) -> None:
         self._tiers = tiers
-        self._room = waiting_bytes
+        self._bound_bytes = waiting_bytes
+        self._waiting_bytes = 0
         self._changed = asyncio.Condition()
         self._slots = asyncio.Semaphore(parallel)
 
@@ -47,30 +50,43 @@ class WriteBehind:
         kept = [False] * len(pages)
         try:
             for position, outgoing in enumerate(pages):
-                if await self._tiers.has(outgoing.key):
+                if not outgoing.anew and await self._tiers.has(outgoing.key):
                     kept[position] = True
-                    continue
-                async with self._changed:
-                    await self._changed.wait_for(lambda: self._room > 0)
-                data = await self._tiers.encoded(outgoing.key, outgoing.page, outgoing.parent)
-                if data is None:
-                    continue
-                self._room -= len(data)
-                moved += len(data)
-                writes.append(asyncio.create_task(self._write(position, kept, outgoing, data)))
+                elif (data := await self._encoded(outgoing)) is not None:
+                    moved += len(data)
+                    writes.append(asyncio.create_task(self._write(position, kept, outgoing, data)))
         finally:
             encoded(moved)
         await asyncio.gather(*writes)
         return kept
+
+    async def _encoded(self, outgoing: Outgoing) -> bytes | None:
+        """What is to be written, which waits from now on; None if it is dropped."""
+        most_bytes = self._tiers.most_bytes
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: not self._waiting_bytes or self._waiting_bytes + most_bytes <= self._bound_bytes
+            )
+            # Before it is encoded: others wait for the same room.
+            self._waiting_bytes += most_bytes
+        data: bytes | None = None
+        try:
+            data = await self._tiers.encoded(outgoing.key, outgoing.page, outgoing.parent)
+        finally:
+            await self._release(most_bytes - len(data or b""))
+        return data
 
     async def _write(self, position: int, kept: list[bool], outgoing: Outgoing, data: bytes) -> None:
         try:
             async with self._slots:
                 kept[position] = await self._tiers.write(outgoing.key, data, parent=outgoing.parent)
         finally:
-            self._room += len(data)
-            async with self._changed:
-                self._changed.notify_all()
+            await self._release(len(data))
+
+    async def _release(self, size_bytes: int) -> None:
+        self._waiting_bytes -= size_bytes
+        async with self._changed:
+            self._changed.notify_all()
 
 
 def parents_of(context: ReqContext, keys: Collection[bytes]) -> dict[bytes, bytes]:

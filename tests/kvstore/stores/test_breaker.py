@@ -32,6 +32,13 @@ def test_while_it_is_open_nothing_is_called_and_then_one_tries() -> None:
     assert not breaker.is_open
 
 
+def test_whether_it_would_allow_a_call_can_be_asked_without_taking_the_trial() -> None:
+    breaker = opened()
+    assert [breaker.would_allow(now_s) for now_s in (0.9, 1.0, 1.0)] == [False, True, True]
+    assert breaker.allows(1.0)
+    assert not breaker.would_allow(1.0)
+
+
 def test_each_failed_trial_doubles_the_pause_up_to_its_longest() -> None:
     breaker, now_s, pauses = opened(), 0.0, []
     for _ in range(5):
@@ -47,13 +54,3 @@ def test_a_trial_that_never_ends_does_not_keep_it_open_for_ever() -> None:
     breaker = opened()
     assert breaker.allows(1.0)
     assert breaker.allows(2.0)
-
-
-def test_whether_it_rests_can_be_asked_without_using_up_the_trial() -> None:
-    breaker = opened()
-    assert breaker.rests(0.9)
-    assert not breaker.rests(1.0)
-    assert breaker.allows(1.0)
-    assert breaker.rests(1.0)
-    breaker.succeeded()
-    assert not breaker.rests(1.0)

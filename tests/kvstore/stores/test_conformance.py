@@ -47,6 +47,18 @@ async def test_a_prefix_is_known_up_to_its_first_gap(store: PageStore) -> None:
     assert await store.contains([]) == 0
 
 
+async def test_a_prefix_of_many_pages_is_known_up_to_its_first_gap_within_a_deadline_too(store: PageStore) -> None:
+    many = 50 if store.shared else 200
+    paths = [f"v1/f/all/t-a/{n:04x}" for n in range(many)]
+    gap = many - 10
+    assert await store.contains_within(paths, 20.0) == 0
+    await asyncio.gather(*(store.write(path, b"") for path in paths[:gap] + paths[gap + 1 :]))
+    assert await store.contains(paths) == gap
+    assert await store.contains_within(paths, 20.0) == gap
+    assert await store.contains_within(paths[:gap], 20.0) == gap
+    assert await store.contains_within([], 20.0) == 0
+
+
 async def test_many_objects_at_once(store: PageStore) -> None:
     await asyncio.gather(*(store.write(path, path.encode()) for path in PATHS * 4))
     assert await asyncio.gather(*(store.read(path) for path in PATHS)) == [path.encode() for path in PATHS]

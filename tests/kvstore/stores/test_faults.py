@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from botocore.parsers import ResponseParserError
 
 from llmserve.kvstore.stores.base import StoreError
 from llmserve.kvstore.stores.filesystem import FilesystemStore
@@ -120,26 +121,46 @@ async def test_a_read_only_disk_with_a_dead_processs_temporary_file_is_listed_an
     await store.close()
 
 
-@asynccontextmanager
-async def fake_server(status: str, code: str, delay_s: float = 0.0) -> AsyncIterator[tuple[str, list[float]]]:
-    """An S3 server that answers everything alike; yields its URL and the times of the requests."""
-    times: list[float] = []
+class FakeServer:
+    """An S3 server that answers everything alike."""
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, status: str, code: str, delay_s: float) -> None:
+        self.status = status
+        self.body = f"<Error><Code>{code}</Code><Message>m</Message></Error>"
+        self.delay_s = delay_s
+        self.hangs_after = 10**9
+        """Requests."""
+        self.url = ""
+        self.times: list[float] = []
+        """Of the requests."""
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            while await reader.readuntil(b"\r\n\r\n"):
-                times.append(time.monotonic())
-                await asyncio.sleep(delay_s)
-                body = f"<Error><Code>{code}</Code><Message>m</Message></Error>".encode()
-                head = f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
-                writer.write(head.encode() + body)
+            while request := await reader.readuntil(b"\r\n\r\n"):
+                self.times.append(time.monotonic())
+                await asyncio.sleep(60 if len(self.times) > self.hangs_after else self.delay_s)
+                body = self.body.encode()
+                head = f"HTTP/1.1 {self.status}\r\nContent-Type: text/xml\r\nContent-Length: {len(body)}\r\n\r\n"
+                writer.write(head.encode() + (b"" if request.startswith(b"HEAD") else body))
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
 
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+
+@asynccontextmanager
+async def faked_server(status: str, code: str, delay_s: float = 0.0) -> AsyncIterator[FakeServer]:
+    made = FakeServer(status, code, delay_s)
+    server = await asyncio.start_server(made.answer, "127.0.0.1", 0)
     async with server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", times
+        made.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        yield made
+
+
+@asynccontextmanager
+async def fake_server(status: str, code: str, delay_s: float = 0.0) -> AsyncIterator[tuple[str, list[float]]]:
+    """Its URL and the times of the requests."""
+    async with faked_server(status, code, delay_s) as made:
+        yield made.url, made.times
 
 
 @pytest.fixture
@@ -198,6 +219,115 @@ async def test_a_server_that_hangs_costs_the_deadline_and_no_more() -> None:
         with pytest.raises(StoreError, match=r"no answer within 0\.5 s"):
             await store.read(PATH)
         assert time.monotonic() - begun < 5
+        await store.close()
+
+
+@pytest.mark.usefixtures("credentials")
+async def test_the_wait_for_a_connection_is_within_the_deadline() -> None:
+    async with faked_server("200 OK", "", delay_s=60) as server:
+        store = s3(server.url, timeout_s=0.5)
+        reads = await asyncio.gather(*(store.read(PATH) for _ in range(100)), return_exceptions=True)
+        assert all(isinstance(result, StoreError) for result in reads)
+        # Those that waited for others' connections gave up with them.
+        assert len(server.times) < 50
+        await store.close()
+
+
+@pytest.mark.usefixtures("credentials")
+async def test_after_its_first_failure_a_touch_makes_no_more_calls() -> None:
+    async with faked_server("400 Bad Request", "ExpiredToken") as server:
+        store = s3(server.url)
+        with pytest.raises(StoreError, match="object: ExpiredToken"):
+            await store.touch([PATH] * 320)
+        with pytest.raises(StoreError, match="object: ExpiredToken"):
+            await store.read(PATH)
+        assert len(server.times) < 40
+        await store.close()
+
+
+@pytest.mark.usefixtures("credentials")
+async def test_all_of_many_paths_are_touched() -> None:
+    async with faked_server("404 Not Found", "NoSuchKey") as server:
+        store = s3(server.url)
+        await store.touch([PATH] * 50)
+        assert len(server.times) == 50
+        await store.close()
+
+
+@pytest.mark.usefixtures("credentials")
+async def test_what_a_bucket_could_say_before_the_deadline_counts() -> None:
+    async with faked_server("200 OK", "") as server:
+        store = s3(server.url)
+        assert await store.contains([PATH]) == 1
+        server.hangs_after = 101
+        assert await store.contains_within([PATH] * 1000, 2.0) == 100
+        with pytest.raises(StoreError, match=r"no answer within 0\.1 s which of 1000 pages it has"):
+            await store.contains_within([PATH] * 1000, 0.1)
+        await store.close()
+
+
+@pytest.mark.usefixtures("credentials")
+async def test_a_failure_beyond_the_first_gap_does_not_count() -> None:
+    async with faked_server("404 Not Found", "NoSuchKey") as server:
+        store = s3(server.url, timeout_s=5.0)
+        server.hangs_after = 1
+        assert await store.contains([PATH] * 100) == 0
+        await store.close()
+
+
+async def test_what_a_disk_could_say_before_the_deadline_counts(tmp_path: Path) -> None:
+    goes_on = threading.Event()
+
+    class HangingStore(FilesystemStore):
+        def _contains(self, paths: Sequence[str]) -> int:
+            if "bad" in paths:
+                goes_on.wait()
+            return super()._contains(paths)
+
+    store = HangingStore("disk", tmp_path)
+    paths = [f"{number}.kv" for number in range(300)]
+    for path in paths:
+        (tmp_path / path).touch()
+    assert 0 < await store.contains_within([*paths, "bad"], 1.0) < 300
+    with pytest.raises(StoreError, match=r"disk: no answer within 0\.1 s which of 1 pages it has"):
+        await store.contains_within(["bad"], 0.1)
+    goes_on.set()
+    await store.close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ResponseParserError("a proxy's page"),
+        KeyError("LastModified"),
+        RuntimeError(),
+        ExceptionGroup("all", [OSError()]),
+    ],
+    ids=repr,
+)
+async def test_whatever_its_libraries_raise_is_an_error_of_the_store(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """aiohttp cancels a write of its own if the server answers before all of an object was sent."""
+
+    async def fail(store: S3Store) -> None:
+        raise error
+
+    monkeypatch.setattr(S3Store, "_opened", fail)
+    with pytest.raises(StoreError, match="object: "):
+        await s3("http://127.0.0.1:9").head(PATH, 80)
+
+
+@pytest.mark.usefixtures("credentials")
+async def test_a_call_that_is_cancelled_ends_so() -> None:
+    async with faked_server("200 OK", "", delay_s=60) as server:
+        store = s3(server.url)
+        reading = asyncio.create_task(store.read(PATH))
+        while not server.times:
+            await asyncio.sleep(0.01)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
         await store.close()
 
 
