@@ -363,6 +363,8 @@ class AttemptLost(Message, frozen=True, kw_only=True):
     """The router's; a gateway does not listen to an older one than it has heard."""
     deaths: int = 0
     """``Request.deaths`` of the next attempt."""
+    blameless: bool = False
+    """It was lost while it waited, for want of a decode worker: that does not count as a try."""
 
 
 class Rejected(Message, frozen=True, kw_only=True):

@@ -82,6 +82,8 @@ class Attempts:
         self.max_tokens = max_tokens
         self.max_attempts = max_attempts
         self.attempt = 0
+        self._tries = 1
+        """Attempts that count: those that were lost while they waited do not."""
         self.tokens: list[int] = []
         """All output delivered so far."""
         self.seq: int | None = None
@@ -138,9 +140,9 @@ class Attempts:
         self.ended = reason is not None
         return [Deliver(len(known), reason)]
 
-    def lost(self, attempt: int, cause: str) -> list[Action]:
-        """``attempt`` will yield nothing more."""
-        return [] if self.ended or attempt != self.attempt else self._again(cause)
+    def lost(self, attempt: int, cause: str, *, blameless: bool = False) -> list[Action]:
+        """``attempt`` will yield nothing more. ``blameless``: not by anything that was tried with it."""
+        return [] if self.ended or attempt != self.attempt else self._again(cause, blameless=blameless)
 
     def rejected(self, attempt: int, code: str, message: str) -> list[Action]:
         """The router will not serve ``attempt``."""
@@ -159,13 +161,14 @@ class Attempts:
 
     def check(self) -> None:
         """Assert the invariants."""
-        assert 0 <= self.attempt < self.max_attempts
+        assert 1 <= self._tries <= self.max_attempts
+        assert self._tries <= self.attempt + 1
         assert self._stored_attempt <= self.attempt
         assert self._next <= len(self.tokens)
         assert self.ended or self.mode is not Mode.RESUME or self._next == len(self.tokens)
 
-    def _again(self, cause: str) -> list[Action]:
-        if self.attempt + 1 >= self.max_attempts:
+    def _again(self, cause: str, *, blameless: bool = False) -> list[Action]:
+        if not blameless and self._tries >= self.max_attempts:
             return self._fail("internal", f"gave up after {self.max_attempts} attempts; the last: {cause}")
         if self.tokens and self.mode is Mode.ONCE:
             return self._fail("internal", f"cannot be continued, since its sampling is random and has state: {cause}")
@@ -173,6 +176,7 @@ class Attempts:
             self.ended = True
             return [Deliver(0, Reason.LENGTH), Withdraw(self.seq)]
         self.attempt += 1
+        self._tries += not blameless
         self._next = len(self.tokens) if self.mode is Mode.RESUME else 0
         return [Submit(self.attempt, self._next)]
 

@@ -148,7 +148,7 @@ class Channel:
         else:
             call.deaths = max(call.deaths, verdict.deaths)
             log.warning("attempt lost", extra={"bus_id": call.request_id, "attempt": attempt, "cause": verdict.cause})
-            self._carry_out(call, call.attempts.lost(attempt, verdict.cause), None)
+            self._carry_out(call, call.attempts.lost(attempt, verdict.cause, blameless=verdict.blameless), None)
 
     def _is_current(self, epoch: int) -> bool:
         """Whether a router of ``epoch`` may lead; 0 is of a version that does not say."""

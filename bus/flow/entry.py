@@ -100,6 +100,8 @@ class Entry:
     ahead_bytes: int = 0
     """What its handoff moves, or is expected to, from its prefill on until a decode worker has it."""
     cancelled: bool = False
+    blameless: bool = False
+    """It was lost while it waited."""
     checking: bool = False
     """``CheckStored`` is on its way."""
     blocked_since_s: float | None = None

@@ -11,6 +11,9 @@ from llmserve.bus.flow.stats import Stats
 from llmserve.bus.flow.timers import Memory
 from llmserve.bus.messages import AttemptLost, Rejected, Stage, Sync
 
+WAITED = ("lease", "holder", "stranded")
+"""Causes of losing a handoff that no decode worker has had."""
+
 
 class Outcomes:
     """Carries verdicts out in the ledger, counts them, and collects what the world has to be told."""
@@ -63,6 +66,7 @@ class Outcomes:
             self.end(entry, now_s, stray=stray)
             return
         self._stats.attempts_lost[cause] += 1
+        entry.blameless = cause in WAITED
         self._ledger.lose(entry, now_s, stray=stray)
         self.notify_lost(entry, message)
 
@@ -75,6 +79,7 @@ class Outcomes:
             cause=message,
             epoch=self.epoch,
             deaths=entry.deaths,
+            blameless=entry.blameless,
         )
         self.actions.append(NotifyGateway(entry.gateway, lost))
 

@@ -102,6 +102,16 @@ def test_the_last_attempt_that_is_lost_ends_the_request() -> None:
     assert machine.lost(2, "c") == []
 
 
+def test_attempts_that_were_lost_while_they_waited_do_not_count_as_tries() -> None:
+    machine = Attempts(Mode.RESUME, 10, max_attempts=2)
+    for number in range(5):
+        assert kinds(machine.lost(number, "no decode worker was free", blameless=True)) == [Submit]
+        machine.check()
+    assert kinds(machine.lost(5, "killed")) == [Submit]
+    assert kinds(machine.lost(6, "no decode worker was free", blameless=True)) == [Submit]
+    assert kinds(machine.lost(7, "killed")) == [Fail, Withdraw]
+
+
 def test_a_complete_output_whose_end_was_lost_is_not_repeated() -> None:
     machine = Attempts(Mode.RESUME, 2)
     machine.delta(0, 0, [1, 2], None)

@@ -10,6 +10,7 @@ from llmserve.bus.messages import (
     Accepted,
     AttemptLost,
     Cancel,
+    Failed,
     Finished,
     HandedOff,
     Heartbeat,
@@ -163,6 +164,18 @@ def test_a_handoff_without_a_free_decode_worker_is_lost_before_its_lease_ends() 
         alive = beat("p", Role.PREFILL, running=held), beat("d", Role.DECODE, slots=1, running=decoding)
         lost += [(d.now_s, notice) for notice in notices(d.later(0.9, *alive))]
     assert [(notice.request_id, 107.5 < when_s < 109) for when_s, notice in lost[:1]] == [("q2", True)]
+    notice = lost[0][1]
+    assert isinstance(notice, AttemptLost)
+    assert notice.blameless
+
+
+def test_an_attempt_that_fails_on_its_worker_counts_as_a_try() -> None:
+    d = Driver()
+    d.tell(beat("w", Role.BOTH), queued(1), accepted("w", 1, Stage.WHOLE))
+    failed = Failed(worker="w", seq=1, request_id="q1", attempt=0, stage=Stage.WHOLE, error="boom")
+    (notice,) = notices(d.tell(failed))
+    assert isinstance(notice, AttemptLost)
+    assert not notice.blameless
 
 
 def test_a_request_missing_in_its_workers_inventory_is_looked_up_and_lost_if_it_is_still_stored() -> None:
