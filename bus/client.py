@@ -159,3 +159,8 @@ async def close_client(client: DirectClient) -> None:
         await asyncio.wait_for(client.close(), 2)
     except Exception as error:
         logger.debug("closing the client: %r", error)
+
+
+def error_text(error: BaseException) -> str:
+    """For people: some errors of nats-py say nothing but their names."""
+    return str(error) or type(error).__name__

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 import nats.errors
 
 from llmserve.bus.base import BusError, BusUnavailable
-from llmserve.bus.client import Callbacks, RawSubscription, Server, close_client, open_client, shown_url
+from llmserve.bus.client import Callbacks, RawSubscription, Server, close_client, error_text, open_client, shown_url
 from llmserve.bus.inbox import Disconnected, Inbox, Reply
 from llmserve.bus.outbox import Outbox, Outgoing
 from llmserve.bus.settings import BusCounters, BusSettings
@@ -53,7 +53,7 @@ class Connection:
                 break
             except (OSError, nats.errors.Error, TimeoutError) as error:
                 if time.monotonic() > deadline:
-                    raise BusUnavailable(f"no bus at {shown_url(self._server.url)}: {_text(error)}") from error
+                    raise BusUnavailable(f"no bus at {shown_url(self._server.url)}: {error_text(error)}") from error
                 await asyncio.sleep(self._pause_s())
         await self.subscribe(self.inbox.wildcard, self.inbox.deliver)
         self._spawn(self._write())
@@ -263,7 +263,7 @@ class Connection:
         now = time.monotonic()
         if now - self._last_log_s > _LOG_EVERY_S:
             self._last_log_s = now
-            logger.warning("bus connection: %s", _text(error))
+            logger.warning("bus connection: %s", error_text(error))
 
     # -- the writer ----------------------------------------------------------------------------------------------
 
@@ -296,7 +296,3 @@ class Connection:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _text(error: BaseException) -> str:
-    return str(error) or type(error).__name__

@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Coroutine
+from functools import partial
 
 from prometheus_client import CollectorRegistry
 
@@ -109,7 +110,7 @@ class PageKeeper:
         for lister in self._listers:
             loops.append(again_and_again("listing", lister.list, metrics, retry_s=RETRY_LISTING_S))
         for kept in self._classes:
-            loops.append(again_and_again("touch", lambda kept=kept: self._touch(kept), metrics, retry_s=EVERY_S))  # type: ignore[misc]
+            loops.append(again_and_again("touch", partial(self._touch, kept), metrics, retry_s=EVERY_S))
         return loops
 
     async def _all_listed(self) -> None:
